@@ -1,0 +1,113 @@
+"""Read a run from TOML files plus ``--set``; every complaint names its key, its file and its line."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+Loc = tuple[str | int, ...]
+
+
+class ConfigError(Exception):
+    """One complaint per line, each ``file:line: key: what is wrong``."""
+
+
+class Written(str):
+    """A string and the folder that a path in it is relative to: that of its file, or the shell's."""
+
+    folder: Path
+
+
+def _locate(value: Any) -> Any:
+    return value.folder / value if isinstance(value, Written) else value
+
+
+Location = Annotated[Path, BeforeValidator(_locate)]  # a path as the user wrote it, made absolute
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(Table):
+    path: Location  # a folder in Hugging Face format: config.json, *.safetensors, a tokenizer
+    context: int | None = Field(None, gt=0)  # tokens of prompt and response; the model's own limit when left out
+
+
+class OptimTable(Table):
+    """Adam with decoupled weight decay; the names Megatron gives these are set from here."""
+
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0)  # optimizer updates
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_norm: float = Field(1.0, ge=0)  # of the gradient; 0 leaves it as it is
+
+
+class BatchTable(Table):
+    groups: int = Field(32, gt=0)  # prompts a step trains on
+    group_size: int = Field(8, gt=0)  # attempts at each
+    updates: int = Field(1, gt=0)  # optimizer updates a step is split into
+    micro_tokens: int = Field(8192, gt=0)  # most tokens in one packed micro-batch; a longer unit gets one of its own
+
+
+class RolloutTable(Table):
+    max_tokens: int = Field(1024, gt=0)  # of a response
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0 keeps the whole vocabulary
+    stop_tokens: list[int] = []  # beside the tokenizer's end of sequence
+    timeout_s: float = Field(600, gt=0)  # an engine that has not answered by then is restarted
+
+
+class EvalTable(Table):
+    every: int = Field(0, ge=0)  # steps; 0 never. The model is also evaluated before the first step and after the last
+    prompts: int | None = Field(None, gt=0)  # of the held-out split; all of it when left out
+    temperature: float = Field(0.0, ge=0)
+    accuracy: str | None = None  # the reward reported as eval/accuracy; the first one when left out
+
+
+class CheckpointTable(Table):
+    every: int = Field(0, ge=0)  # steps; 0 keeps only the last step's
+    keep: int = Field(2, gt=0)  # newest ones
+
+
+class PlacementTable(Table):
+    trainers: int = Field(1, gt=0)  # training ranks: one per GPU, or per CPU process
+    engines: int = Field(1, gt=0)
+    rollout_workers: int = Field(1, gt=0)
+
+
+class RunConfig(Table):
+    """One run. Tables of plugins stand beside these, each under its plugin's name."""
+
+    algorithm: str
+    plugins: list[str] = []
+    use: dict[str, str] = {}  # slot = plugin, where two answer
+    mode: Literal["sync", "overlap"] = "sync"
+    steps: int = Field(1000, gt=0)
+    seed: int = Field(0, ge=0, lt=2**31)
+    run_dir: Location | None = None  # runs/<name of the file's folder or of the file>, from where the command is typed
+    model: ModelTable
+    optim: OptimTable = OptimTable()
+    batch: BatchTable = BatchTable()
+    rollout: RolloutTable = RolloutTable()
+    eval: EvalTable = EvalTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+    placement: PlacementTable = PlacementTable()
+
+    @property
+    def max_staleness(self) -> int:
+        """How many versions older than the newest weights a token may be when it is trained on."""
+        return {"sync": 0, "overlap": 1}[self.mode]
