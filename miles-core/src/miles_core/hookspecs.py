@@ -16,6 +16,7 @@ Plugins are asked in the order of ``plugins = [...]``, then the algorithm, then 
 ``algorithm`` are answered by the plugin named by ``algorithm = ...``, all of them, or else by core's default.
 """
 
+# ruff: noqa: I001
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .types import (
-        Batch, Cluster, Column, Complain, Engine, Engines, Group, Loss, Mean, Model, Output, Role, Sample,
-        Transport,
-    )  # fmt: skip
+    from .types import Batch, Cluster, Column, Complain, Engine, Engines, Group, Loss
+    from .types import Mean, Model, Output, Role, Sample, Store, Transport
 
 Kind = Literal["slot", "first", "merge", "event"]
 Place = Literal["driver", "rollout", "trainer"]
@@ -70,6 +69,10 @@ class Hooks:
         """Where processes run; called once, and what it returns is closed when the run ends."""
 
     @hook("slot", "driver")
+    def miles_store(self, run_dir: Path) -> Store:
+        """What keeps this run's checkpoints."""
+
+    @hook("slot", "driver")
     def miles_engines(self) -> Engines:
         """The processes that sample, and the client that reaches them."""
 
@@ -91,13 +94,17 @@ class Hooks:
     def miles_drop_group(self, group: Group) -> str | None:
         """Why this group is not worth training on, or None. A dropped group is replaced by another prompt's."""
 
-    @hook("slot", "driver", algorithm=True)
-    def miles_score(self, group: Group) -> list[float | None]:
-        """One scalar of credit a sample; None keeps a sample out of the batch. Core's default: its reward."""
-
     @hook("event", "driver")
     def miles_group_end(self, group: Group, dropped: str | None) -> None:
         """Every group that came back, kept or not."""
+
+    @hook("merge", "driver")
+    def miles_metrics(self, groups: list[Group], evaluating: bool) -> dict[str, float]:
+        """Numbers to report of every group sampled for one step, dropped ones too, or for one evaluation."""
+
+    @hook("slot", "driver", algorithm=True)
+    def miles_score(self, groups: list[Group]) -> list[list[float | None]]:
+        """Credit for every sample of the groups of one step; None keeps a sample out. Core's default: its reward."""
 
     @hook("slot", "driver", algorithm=True)
     def miles_units(self, group: Group) -> list[list[Sample]]:
@@ -143,6 +150,10 @@ class Hooks:
         """How weights travel from this rank to the engines."""
 
     # -- loop ---------------------------------------------------------------------------------------------------
+
+    @hook("event", "driver")
+    def miles_progress(self, text: str) -> None:
+        """A line for the person: what is being set up, or was done."""
 
     @hook("event", "driver")
     def miles_run_start(self, run_dir: Path, step: int) -> None:

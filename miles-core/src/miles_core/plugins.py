@@ -1,15 +1,356 @@
+"""Find plugins, load the ones a run names, and decide who answers each hook."""
+
 from __future__ import annotations
-from typing import TYPE_CHECKING
+
+import asyncio
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict
+
+from . import __version__
+from .config import RunConfig, suggest
+from .hookspecs import Hooks, Place
+from .types import Refused
+
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config import Source
+
+SPECS: dict[str, Any] = {name: spec for name, spec in vars(Hooks).items() if hasattr(spec, "kind")}
+
+# What core brings. Always there, asked last; each is imported only when a run is loaded, and none imports torch.
+BUILTIN = {
+    "ray": "miles_core.edges.cluster:Ray",
+    "megatron": "miles_core.edges.megatron:Megatron",
+    "local": "miles_core.edges.local:Local",
+    "shm": "miles_core.edges.transport:SharedMemory",
+    "data": "miles_core.edges.data:Data",
+    "reward": "miles_core.edges.reward:Reward",
+    "tracking": "miles_core.edges.tracking:Tracking",
+    "store": "miles_core.edges.store:Folder",
+    "core": "miles_core.edges.default:Default",
+}
+
+
+class PluginError(Refused):
+    """A plugin cannot be used as asked; the message says whose fault and what to change."""
 
 
 class Plugin:
-    """Base of every plugin: a Config, validated from the table named after the plugin."""
+    """Base of every plugin: a Config, validated from the table named after the plugin, and the run it is part of."""
 
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid", frozen=True)
 
     def __init__(self, config: Config, run: RunConfig) -> None:
         self.config, self.run = config, run
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plugin seen, not imported yet: an entry point, something core brings, or a single file."""
+
+    name: str
+    dist: str
+    version: str
+    entry: EntryPoint
+    core: Requirement | None = None
+    source: str | None = None  # of a single-file plugin
+
+    def load(self) -> type[Plugin]:
+        """Its class. Raises PluginError, before importing anything where the versions already forbid it."""
+        if self.core and not self.core.specifier.contains(__version__, prereleases=True):
+            raise PluginError(f"{self.dist} {self.version} needs {self.core}, this is miles-core {__version__}")
+        try:
+            cls = self.entry.load() if self.source is None else _only_class(self)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{self.dist} {self.version} does not import: {type(error).__name__}: {error} ({self.entry.value})"
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, Plugin)):
+            raise PluginError(f"{self.dist} {self.version}: {self.entry.value} is not a miles_core.Plugin")
+        check(self.name, cls)
+        return cls
+
+
+@cache
+def installed() -> dict[str, Found]:
+    """Every plugin in this environment, by name; metadata only. Raises PluginError where two share a name."""
+    found = {name: Found(name, "miles-core", __version__, EntryPoint(name, t, "miles")) for name, t in BUILTIN.items()}
+    for dist in distributions():
+        for entry in dist.entry_points.select(group="miles"):
+            core = next((r for r in map(Requirement, dist.requires or ()) if r.name == "miles-core"), None)
+            old = found.setdefault(entry.name, new := Found(entry.name, dist.name, dist.version, entry, core))
+            if old.dist != new.dist:
+                raise PluginError(f"{old.dist} and {new.dist} both call a plugin {entry.name!r}; uninstall one")
+    return dict(sorted(found.items()))
+
+
+def single_file(path: Path) -> Found:
+    """A plugin that is one file, named by its path in the run. Raises PluginError when it cannot be read."""
+    try:
+        source = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PluginError(f"{path} cannot be read: {error}") from None
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return Found(path.stem, str(path), f"sha256:{digest}", EntryPoint(path.stem, str(path), "miles"), source=source)
+
+
+def _only_class(found: Found) -> type[Plugin]:
+    module = sys.modules.get(f"miles_file_{found.name}")
+    if module is None or module.__dict__.get("__source__") != found.source:
+        module = ModuleType(f"miles_file_{found.name}")
+        module.__file__, module.__dict__["__source__"] = found.entry.value, found.source
+        sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
+        exec(compile(found.source or "", found.entry.value, "exec"), module.__dict__)
+    mine = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    match [c for c in mine if issubclass(c, Plugin)]:
+        case [cls]:
+            return cls
+        case classes:
+            raise PluginError(
+                f"{found.dist} defines {len(classes)} subclasses of miles_core.Plugin; define exactly one"
+            )
+
+
+def check(name: str, cls: type[Plugin]) -> None:
+    """Refuse at load time what pluggy would only ignore at call time."""
+    for attr, function in inspect.getmembers(cls, inspect.isfunction):
+        if not attr.startswith("miles_"):
+            if getattr(function, "miles_impl", None) is not None:
+                raise PluginError(f"plugin {name}: {attr} is marked @hookimpl, but hooks are called miles_...")
+            continue
+        if attr not in SPECS:
+            raise PluginError(f"plugin {name}: no hook {attr}{suggest(attr, SPECS)}")
+        spec, marks = SPECS[attr], getattr(function, "miles_impl", None)
+        given, known = inspect.signature(function).parameters, inspect.signature(spec).parameters
+        if marks is None:
+            raise PluginError(f"plugin {name}: {attr} is not marked @hookimpl")
+        if marks["tryfirst"] or marks["trylast"]:
+            raise PluginError(f"plugin {name}: {attr} sets its own order; order belongs to plugins = [...]")
+        if marks["hookwrapper"] or (marks["wrapper"] and (spec.kind != "slot" or inspect.iscoroutinefunction(spec))):
+            raise PluginError(f"plugin {name}: {attr} cannot be wrapped; only a plain slot can, with wrapper=True")
+        if not marks["wrapper"] and inspect.iscoroutinefunction(spec) != inspect.iscoroutinefunction(function):
+            want = "async def" if inspect.iscoroutinefunction(spec) else "def"
+            raise PluginError(f"plugin {name}: {attr} must be `{want}`")
+        if function.__defaults__ or function.__kwdefaults__:
+            raise PluginError(f"plugin {name}: {attr} gives an argument a default; hooks always pass it")
+        if unknown := [p for p in given if p not in known]:
+            takes = ", ".join(list(known)[1:]) or "no arguments"
+            raise PluginError(f"plugin {name}: {attr} has no argument {unknown[0]!r}; it takes {takes}")
+
+
+class Registry:
+    """The plugins of one run, as seen from one place. ``registry.loss(...)`` calls ``miles_loss``.
+
+    ``plugins`` stand in the order they are asked: those the run lists, the algorithm, then core's own.
+    Raises PluginError on a tie, an empty slot or half an algorithm.
+    """
+
+    def __init__(self, place: Place, plugins: dict[str, Plugin], use: dict[str, str], algorithm: str) -> None:
+        self.plugins, self._pm = plugins, pluggy.PluginManager("miles")
+        self._pm.add_hookspecs(Hooks)
+        for name, plugin in reversed(plugins.items()):  # pluggy asks the last one registered first
+            self._pm.register(plugin, name)
+        self.owner = {hook: self._owner(hook, use, algorithm) for hook, spec in SPECS.items() if spec.kind == "slot"}
+        for hook, spec in SPECS.items():
+            if spec.place == place:
+                setattr(self, hook.removeprefix("miles_"), self._bind(hook, spec))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, hook: str) -> Callable[..., Any]: ...
+
+    def answerers(self, hook: str) -> list[str]:
+        """Plugins that answer this hook, first asked first; wrappers do not answer."""
+        impls = reversed(getattr(self._pm.hook, hook).get_hookimpls())
+        return [impl.plugin_name for impl in impls if not impl.wrapper]
+
+    def _owner(self, hook: str, use: dict[str, str], algorithm: str) -> str:
+        slot, names = hook.removeprefix("miles_"), self.answerers(hook)
+        rivals = [name for name in names if name not in BUILTIN] or names
+        if slot in use:
+            if use[slot] not in names:
+                raise PluginError(f"use.{slot}: {use[slot]!r} does not answer {hook}; {_listed(names)} does")
+            return use[slot]
+        if SPECS[hook].algorithm:
+            if others := [name for name in rivals if name not in (algorithm, *BUILTIN)]:
+                raise PluginError(
+                    f"{others[0]} answers {hook}, which is the algorithm's; say algorithm = {others[0]!r}, "
+                    f"or [use] {slot} = {others[0]!r} to mix it into {algorithm}"
+                )
+            if not names:
+                raise PluginError(f"{algorithm} is the algorithm, but does not answer {hook}")
+        if not names:
+            raise PluginError(f"nobody answers {hook}")
+        if len(rivals) > 1:
+            raise PluginError(f"{_listed(rivals)} both answer {hook}; choose with [use] {slot} = {rivals[0]!r}")
+        return rivals[0]
+
+    def _only(self, hook: str, name: str) -> Callable[..., Any]:
+        """Call ``hook`` of one plugin, and of whoever wraps it; an exception says whose it was."""
+        others = [self.plugins[n] for n in self.answerers(hook) if n != name]
+        caller = self._pm.subset_hook_caller(hook, others)
+
+        def call(**args: Any) -> Any:
+            try:
+                return caller(**args)
+            except Exception as error:
+                if name not in BUILTIN:
+                    error.add_note(f"in {hook} of plugin {name}")
+                raise
+
+        return call
+
+    def _bind(self, hook: str, spec: Any) -> Callable[..., Any]:
+        if spec.kind == "slot":
+            return self._only(hook, self.owner[hook])
+        parts = {name: self._only(hook, name) for name in self.answerers(hook)}
+
+        def first(**args: Any) -> Any:
+            return next((answer for part in parts.values() if (answer := part(**args)) is not None), None)
+
+        def event(**args: Any) -> None:
+            for part in parts.values():
+                part(**args)
+
+        def merge(**args: Any) -> dict[str, Any]:
+            return merged((name, answer) for name, part in parts.items() for answer in part(**args))
+
+        async def merge_async(**args: Any) -> dict[str, Any]:
+            answers = await asyncio.gather(*(part(**args)[0] for part in parts.values()))
+            return merged(zip(parts, answers, strict=True))
+
+        def merged(answers: Iterable[tuple[str, dict[str, Any] | None]]) -> dict[str, Any]:
+            result: dict[str, Any] = {}
+            source: dict[str, str] = {}
+            for name, answer in answers:
+                for key, value in (answer or {}).items():
+                    if key in source:
+                        raise PluginError(f"{source[key]} and {name} both answer {key!r} in {hook}")
+                    result[key], source[key] = value, name
+            return result
+
+        if spec.kind == "merge":
+            return merge_async if inspect.iscoroutinefunction(spec) else merge
+        return first if spec.kind == "first" else event
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(names) or "nobody"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One plugin of a manifest: what another process needs to build the very same."""
+
+    found: Found
+    config: str  # JSON
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is made of. Every process rebuilds its plugins from it, or refuses to start."""
+
+    core: str
+    run: str  # JSON
+    plugins: tuple[Listed, ...]
+
+    def registry(self, place: Place) -> Registry:
+        """The plugins as seen from ``place``. Raises PluginError where this environment differs from the driver's."""
+        if self.core != __version__:
+            raise PluginError(f"this process has miles-core {__version__}, the driver has {self.core}")
+        run, plugins, here = RunConfig.model_validate_json(self.run), {}, installed()
+        for listed in self.plugins:
+            found = listed.found
+            if found.source is None:
+                mine = here.get(found.name)
+                if mine is None or (mine.dist, mine.version) != (found.dist, found.version):
+                    have = f"{mine.dist} {mine.version}" if mine else f"no plugin {found.name!r}"
+                    raise PluginError(f"this process has {have}, the driver has {found.dist} {found.version}")
+            cls = found.load()
+            plugins[found.name] = cls(cls.Config.model_validate_json(listed.config), run)
+        return Registry(place, plugins, run.use, run.algorithm)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {x.found.name: f"{x.found.dist} {x.found.version}" for x in self.plugins}
+
+
+def assemble(source: Source) -> Manifest:
+    """The run described by ``source``, every table validated. Raises ConfigError with all that is wrong."""
+    tree, chosen, listed = dict(source.tree), _named(source), []
+    for name, found in chosen.items():
+        try:
+            cls = found.load()
+        except PluginError as error:
+            source.complain(_where_named(source, name), str(error))
+            tree.pop(name, None)
+            continue
+        if (config := source.validate(cls.Config, tree.pop(name, {}), (name,))) is not None:
+            listed.append(Listed(found, config.model_dump_json()))
+    for name in installed().keys() & tree.keys() - set(RunConfig.model_fields):
+        source.complain((name,), f"has settings, but this run does not use {name}; add it to plugins")
+        tree.pop(name)
+    if "algorithm" in tree and str(tree["algorithm"]).endswith(".py"):
+        tree["algorithm"] = Path(tree["algorithm"]).stem
+    run = source.validate(RunConfig, tree)
+    for slot in run.use if run else ():
+        if SPECS.get(f"miles_{slot}", Hooks.miles_check).kind != "slot":
+            slots = [hook.removeprefix("miles_") for hook, spec in SPECS.items() if spec.kind == "slot"]
+            source.complain(("use", slot), f"no such slot{suggest(slot, slots)}")
+    source.refuse()
+    assert run is not None
+    manifest = Manifest(__version__, run.model_dump_json(), tuple(listed))
+    try:
+        manifest.registry("driver").check(complain=source.complain)
+    except PluginError as error:
+        key = next((f"use.{slot}" for slot in run.use if str(error).startswith(f"use.{slot}:")), "algorithm")
+        source.complain(key, str(error))
+    source.refuse()
+    return manifest
+
+
+def _named(source: Source) -> dict[str, Found]:
+    """What the run names, in the order of asking: ``plugins``, the algorithm, then core's own."""
+    known, chosen = installed(), {}
+    plugins = source.tree.get("plugins", [])
+    named = [(name, ("plugins", i)) for i, name in enumerate(plugins if isinstance(plugins, list) else [])]
+    named += [(source.tree["algorithm"], ("algorithm",))] if "algorithm" in source.tree else []
+    for name, loc in named:
+        if not isinstance(name, str):
+            continue  # the table's own validation says so
+        try:
+            found = single_file(getattr(name, "folder", Path()) / name) if name.endswith(".py") else known[name]
+        except PluginError as error:
+            source.complain(loc, str(error))
+        except KeyError:
+            source.complain(loc, f"{name!r} is not installed{suggest(name, known)}")
+        else:
+            old = chosen.setdefault(found.name, found)
+            if loc[0] == "plugins" and (old is not found or plugins.count(name) > 1):
+                source.complain(loc, f"{found.name!r} is named twice; name it once")
+            if found.name in BUILTIN or found.name in RunConfig.model_fields:
+                source.complain(loc, f"{found.name!r} is a name of core's own; it is always there, or rename the file")
+    for name in BUILTIN:
+        chosen.setdefault(name, known[name])
+    return chosen
+
+
+def _where_named(source: Source, name: str) -> tuple[str | int, ...]:
+    for i, written in enumerate(source.tree.get("plugins", [])):
+        if Path(str(written)).stem == name:
+            return ("plugins", i)
+    return ("algorithm",)

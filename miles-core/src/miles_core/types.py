@@ -98,6 +98,10 @@ class Engine(Protocol):
         ...
 
 
+class Refused(Exception):
+    """The user's input cannot work. The message is all a person needs; the command ends with status 2."""
+
+
 class EngineError(Exception):
     """An engine failed a request in a way that a retry did not mend."""
 
@@ -222,6 +226,44 @@ class Model(Protocol):
 
     def load(self, folder: Path) -> None: ...
 
+    def save_hf(self, folder: Path) -> None:
+        """Write the weights in Hugging Face format, with the configuration and tokenizer they came with."""
+        ...
+
+
+# -- what outlives a process ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class RunState:
+    """All that the driver needs to go on from where it stopped; the ranks keep theirs beside it."""
+
+    step: int = 0
+    cursor: int = 0  # prompts taken from the data
+    waiting: list[list[Group]] = field(default_factory=list)  # sampled for later steps, not trained on yet
+    plugins: dict[str, Any] = field(default_factory=dict)  # what miles_state answered
+    seconds: float = 0.0  # of this run, over every process that worked on it
+
+
+class Store(Protocol):
+    """Keeps checkpoints. Raises OSError where it cannot write."""
+
+    def claim(self, resume: bool) -> Path | None:
+        """Make the run folder this run's. A run found there is moved aside, never overwritten; returns where to."""
+        ...
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a checkpoint into. It counts only after ``commit``."""
+        ...
+
+    def commit(self, folder: Path, state: RunState) -> Path:
+        """Make it whole and durable, then forget the oldest ones; returns its final place."""
+        ...
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
+        """The newest whole checkpoint, or None; ``say`` hears of each one that is not whole."""
+        ...
+
 
 # -- processes -------------------------------------------------------------------------------------------------------
 
@@ -299,6 +341,26 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor inside a ``Bucket``: ``length`` bytes from ``offset``."""
+
+    name: str
+    dtype: str  # torch's name without the prefix, such as "float32"
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    checksum: int | None  # crc32 of the bytes; None when not verifying
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors laid end to end in a named shared-memory segment; an engine's ``load(bucket)`` copies them in place."""
+
+    segment: str
+    pieces: tuple[Piece, ...]
 
 
 class TransportError(Exception):

@@ -1,0 +1,148 @@
+"""The ``miles`` command."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .config import RunConfig, Source
+from .hookspecs import Hooks
+from .plugins import SPECS, Manifest, PluginError, assemble, installed
+from .types import Refused
+
+FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
+
+
+class Command(click.Group):
+    """Every error is one readable cause: status 2 where the input is at fault, 1 where Miles is."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except Refused as error:
+            _stop(error, 2)
+        except OSError as error:  # a full disk, a folder that cannot be written
+            _stop(error, 2 if error.filename or error.errno else 1)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            log = Path("miles-error.log").absolute() if not (run := context.obj) else run / "error.log"
+            _stop(error, 1, log if log.parent.is_dir() else None)
+
+
+def _stop(error: BaseException, status: int, log: Path | None = None) -> None:
+    text = str(error) if isinstance(error, Refused | OSError) else f"{type(error).__name__}: {error}"
+    for line in (*text.splitlines(), *(n for n in getattr(error, "__notes__", ()) if "\n" not in n)):
+        click.echo(f"Error: {line}", err=True)
+    if log:
+        log.write_text("".join(traceback.format_exception(error)))
+        click.echo(f"The whole story is in {log}", err=True)
+    raise SystemExit(status)
+
+
+@click.group(cls=Command)
+@click.version_option(__version__)
+def main() -> None:
+    """Train a language model with reinforcement learning, one plugin at a time."""
+
+
+@main.command()
+@FILES
+@SET
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the run folder.")
+@click.pass_context
+def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, ...], resume: bool) -> None:
+    """Run the training described by FILES; later files win."""
+    manifest = assemble(Source(files, overrides))
+    context.obj = folder = _run_dir(manifest, files)
+    context.find_root().obj = folder
+    from .loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
+
+    train(manifest, folder, resume)
+
+
+@main.command()
+@FILES
+@SET
+def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+    """Check everything that FILES ask for, say what a run would take, start nothing."""
+    manifest = assemble(Source(files, overrides))
+    registry = manifest.registry("driver")
+    click.echo(f"run folder   {_run_dir(manifest, files)}")
+    click.echo("plugins      " + ", ".join(f"{name} ({of})" for name, of in manifest.versions.items()))
+    click.echo("\nwho answers each slot")
+    for hook, owner in registry.owner.items():
+        click.echo(f"  {hook.removeprefix('miles_'):<12} {owner}")
+    for what, text in registry.explain().items():
+        click.echo(f"\n{what}\n  " + text.replace("\n", "\n  "))
+
+
+@main.command()
+@FILES
+@SET
+def explain(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+    """List every key of the run, its value, and where it was written."""
+    source = Source(files, overrides)
+    manifest = assemble(source)
+    for key, value in _leaves(RunConfig.model_validate_json(manifest.run).model_dump(mode="json")):
+        click.echo(f"{'.'.join(key):<26} {value!s:<28} {_origin(source, key)}")
+    for listed in manifest.plugins:
+        config = manifest.registry("driver").plugins[listed.found.name].config
+        for key, value in _leaves(config.model_dump(mode="json")):
+            path = (listed.found.name, *key)
+            click.echo(f"{'.'.join(path):<26} {value!s:<28} {_origin(source, path)}")
+
+
+@main.command()
+def plugins() -> None:
+    """List the installed plugins, working or not."""
+    for name, found in installed().items():
+        try:
+            note = " ".join(hook.removeprefix("miles_") for hook in SPECS if hasattr(found.load(), hook))
+        except PluginError as error:
+            note = click.style(f"broken: {error}", fg="red")
+        click.echo(f"{name:<10} {found.dist:<20} {found.version:<8} {note}")
+
+
+@main.command()
+@click.argument("name", required=False, type=click.Choice([hook.removeprefix("miles_") for hook in SPECS]))
+def hooks(name: str | None) -> None:
+    """Describe every hook, or one."""
+    if name:
+        spec = SPECS[f"miles_{name}"]
+        keyword = "async def" if inspect.iscoroutinefunction(spec) else "def"
+        click.echo(f"{keyword} miles_{name}{inspect.signature(getattr(Hooks, 'miles_' + name))}")
+        click.echo(f"\n{inspect.getdoc(spec)}\n\n{spec.kind}, called in {spec.place}")
+        return
+    for hook, spec in SPECS.items():
+        what = (inspect.getdoc(spec) or "").partition("\n")[0]
+        click.echo(f"{hook.removeprefix('miles_'):<12} {spec.kind:<6} {spec.place:<8} {what}")
+
+
+def _run_dir(manifest: Manifest, files: tuple[Path, ...]) -> Path:
+    """``run_dir``, or runs/NAME for NAME.toml, or for NAME/run.toml."""
+    run = RunConfig.model_validate_json(manifest.run)
+    name = files[0].stem if files[0].stem != "run" else files[0].absolute().parent.name
+    return run.run_dir or Path("runs") / name
+
+
+def _leaves(tree: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in tree.items():
+        found += _leaves(value, (*at, key)) if isinstance(value, dict) and value else [((*at, key), value)]
+    return found
+
+
+def _origin(source: Source, key: tuple[str, ...]) -> str:
+    node: Any = source.tree
+    for part in key:
+        if not isinstance(node, dict) or part not in node:
+            return "default"
+        node = node[part]
+    return source.where(key)

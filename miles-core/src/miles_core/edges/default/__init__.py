@@ -1,0 +1,81 @@
+"""What most algorithms want, the numbers of a rollout, and the checks that belong to no other edge."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING
+
+from ...hookspecs import hookimpl
+from ...plugins import Plugin
+from ...types import Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...types import Batch, Complain, Group, Sample
+
+
+class Default(Plugin):
+    @hookimpl
+    def miles_check(self, complain: Complain) -> None:
+        batch = self.run.batch
+        if batch.groups % batch.updates:
+            fit = [n for n in range(1, batch.groups + 1) if batch.groups % n == 0]
+            near = min(fit, key=lambda n: abs(n - batch.updates))
+            complain("batch.updates", f"{batch.groups} groups do not divide into {batch.updates} updates; say {near}")
+        if self.run.optim.min_lr > self.run.optim.lr:
+            complain("optim.min_lr", f"is above optim.lr = {self.run.optim.lr}")
+        if self.run.optim.schedule == "constant" and self.run.optim.min_lr:
+            complain("optim.min_lr", 'has no effect with optim.schedule = "constant"; remove one')
+
+    @hookimpl
+    def miles_score(self, groups: list[Group]) -> list[list[float | None]]:
+        return [[sample.reward for sample in group.samples] for group in groups]
+
+    @hookimpl
+    def miles_units(self, group: Group) -> list[list[Sample]]:
+        return [[sample] for sample in group.samples]
+
+    @hookimpl
+    def miles_advantage(self, batch: Batch) -> dict[str, Tensor]:
+        return {"advantage": batch.per_token(batch.score)}
+
+    @hookimpl
+    def miles_metrics(self, groups: list[Group], evaluating: bool) -> dict[str, float]:
+        return evaluation(groups, self.run.eval.accuracy) if evaluating else rollouts(groups)
+
+    @hookimpl
+    def miles_skip_step(self, role: str, step: int, grad_norm: float) -> str | None:
+        return None if math.isfinite(grad_norm) else f"the gradient norm of {role} is {grad_norm}"
+
+
+def rollouts(groups: list[Group]) -> dict[str, float]:
+    """Of every group sampled for a step, those dropped too: filtering must not flatter the rewards.
+
+    ``reward/std`` is the population's; lengths count the tokens that the policy wrote.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = [sample.reward for sample in samples]
+    lengths = [sum(sample.mask) for sample in samples]
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards),
+        "reward/equal_groups": sum(len(set(group.rewards)) == 1 for group in groups) / len(groups),
+        **{f"reward/{name}": fmean(sample.rewards[name] for sample in samples) for name in samples[0].rewards},
+        "rollout/tokens": float(sum(lengths)),
+        "rollout/length": fmean(lengths),
+        "rollout/truncated": sum(sample.finish == "length" for sample in samples) / len(samples),
+    }
+
+
+def evaluation(groups: list[Group], accuracy: str | None) -> dict[str, float]:
+    """Means of every reward over the held-out split, unweighted where the reward recorded that.
+
+    Raises Refused when ``accuracy`` names none of them.
+    """
+    raw: list[dict[str, float]] = [s.info.get("raw_rewards", s.rewards) for g in groups for s in g.samples]
+    if accuracy is not None and accuracy not in raw[0]:
+        raise Refused(f"eval.accuracy = {accuracy!r} is none of the rewards given: {', '.join(raw[0])}")
+    means = {f"eval/{name}": fmean(float(r[name]) for r in raw) for name in raw[0]}
+    return means | {"eval/accuracy": means[f"eval/{accuracy or next(iter(raw[0]))}"]}

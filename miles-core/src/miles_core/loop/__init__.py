@@ -1,0 +1,1 @@
+"""The trainer: prompts in, a better policy out. Start reading at ``driver.py``."""

@@ -1,0 +1,272 @@
+"""The driver: turns the loop, holds no tensor, uses no GPU.
+
+    prompts ─▶ rollouts ─▶ ready ─▶ steps ─▶ weights ─┐
+                  ▲                                   │
+                  └───────────── Weights ◀────────────┘
+
+Two coroutines and what stands between them:
+
+    rollouts  consumes prompts; produces the groups of one step after another, in order
+              waits for weights at most ``max_staleness`` versions older than that step's; unblocked by ``steps``
+    steps     consumes the groups of one step; produces the next version of the weights, in the trainer and the engines
+              waits for groups, then for ``rollouts`` to come to rest; unblocked by ``rollouts``
+
+With ``max_staleness`` 0 the two take turns, with 1 they overlap by one step; nothing else differs. Weights move, and
+checkpoints are written, only while ``rollouts`` rests, so that what was sampled by then is known exactly: a run that
+is resumed goes on with the same groups. Only ``steps`` ends; a ``rollouts`` that ends early ran out of prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+from ..config import RunConfig
+from ..plugins import Manifest, Registry
+from ..types import Group, Refused, RunState, Sample, Store, WorkerDied
+from .fleet import Fleet, everyone, start
+from .rollout import numbered
+
+PATIENCE = 50  # waves of prompts without one group to train on, before the run is called hopeless
+
+
+def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
+    """Run to the last step. Raises what ended the run; every process started here is gone by then."""
+    asyncio.run(_train(manifest, run_dir, resume))
+
+
+async def _train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
+    current = asyncio.current_task()
+    assert current is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)  # ends like Ctrl-C
+    hooks = manifest.registry("driver")
+    run = next(iter(hooks.plugins.values())).run
+    store: Store = hooks.store(run_dir=run_dir)
+    if aside := store.claim(resume):
+        hooks.progress(text=f"the run found in {run_dir} is now in {aside}")
+    (run_dir / "config.json").write_text(json.dumps(json.loads(manifest.run), indent=1))
+    (run_dir / "manifest.json").write_text(json.dumps({"miles-core": manifest.core} | manifest.versions, indent=1))
+    found = store.newest(lambda text: hooks.progress(text=text)) if resume else None
+    error: BaseException | None = None
+    cluster = hooks.cluster(run_dir=run_dir)
+    try:
+        loop = Loop(run, hooks, await start(manifest, hooks, cluster), store, run_dir)
+        await loop.restore(found)
+        await loop.turn()
+    except BaseException as caught:
+        error = caught
+        if isinstance(caught, WorkerDied):
+            hooks.failure(process="", error=str(caught), action="the run stops; miles run --resume goes on from here")
+        raise
+    finally:
+        try:
+            hooks.run_end(error=error)
+        finally:
+            await cluster.close()
+
+
+class Weights:
+    """The version in the engines, who waits for the next one, and who waits for them to wait."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self._moved, self._resting = asyncio.Event(), asyncio.Event()
+
+    async def reach(self, version: int) -> None:
+        while self.version < version:
+            self._moved.clear()
+            self._resting.set()
+            await self._moved.wait()
+        self._resting.clear()
+
+    def move(self, version: int) -> None:
+        self.version = version
+        self._resting.clear()
+        self._moved.set()
+
+    def rest(self) -> None:
+        self._resting.set()
+
+    async def resting(self) -> None:
+        await self._resting.wait()
+
+
+class Loop:
+    def __init__(self, run: RunConfig, hooks: Registry, fleet: Fleet, store: Store, run_dir: Path) -> None:
+        self.run, self.hooks, self.fleet, self.store, self.run_dir = run, hooks, fleet, store, run_dir
+        self.state, self.weights = RunState(), Weights(0)
+        self.ready: asyncio.Queue[tuple[list[Group], dict[str, float]]] = asyncio.Queue()
+        self.prompts: Iterator[Sample] = iter(())
+        self.began = time.perf_counter()
+
+    async def restore(self, found: tuple[Path, RunState] | None) -> None:
+        """Put every process where the checkpoint left it, and the engines at the trainer's weights."""
+        if found:
+            folder, self.state = found
+            await everyone(self.fleet.ranks, "load", str(folder))
+            self.hooks.restore(state=self.state.plugins)
+            self.hooks.progress(text=f"going on after step {self.state.step}, from {folder}")
+        for groups in self.state.waiting:
+            self.ready.put_nowait((groups, {}))
+        self.prompts = self.hooks.prompts(split="train", start=self.state.cursor)
+        self.weights = Weights(self.state.step)
+        await self.fleet.push(self.state.step, verify=True)  # also proves, before any step, that weights arrive
+        self.began = time.perf_counter() - self.state.seconds
+
+    async def turn(self) -> None:
+        """Both coroutines, until the last step is done."""
+        self.hooks.run_start(run_dir=self.run_dir, step=self.state.step)
+        if self.run.eval.every and not self.state.step:
+            self.hooks.step_end(step=0, metrics=await self.evaluate(0) | {"time_s": 0.0})
+        producer = asyncio.ensure_future(self.rollouts())
+        consumer = asyncio.ensure_future(self.steps())
+        try:
+            await asyncio.wait([producer, consumer], return_when=asyncio.FIRST_EXCEPTION)
+            for task in (producer, consumer):  # a failed rollout is the cause, a step that waits for it the effect
+                if task.done():
+                    task.result()
+        finally:
+            producer.cancel()
+            consumer.cancel()
+
+    # -- rollouts ------------------------------------------------------------------------------------------------
+
+    async def rollouts(self) -> None:
+        """Consumes prompts, produces groups. Waits for weights new enough. Unblocked by ``steps``."""
+        for step in range(self.state.step + 1 + self.ready.qsize(), self.run.steps + 1):
+            await self.weights.reach(step - 1 - self.run.max_staleness)
+            self.ready.put_nowait(await self.gather())
+        self.weights.rest()
+
+    async def gather(self) -> tuple[list[Group], dict[str, float]]:
+        """The groups of one step: those dropped are replaced by other prompts until there are enough."""
+        kept: list[Group] = []
+        dropped: Counter[str] = Counter()
+        times: dict[str, float] = defaultdict(float)
+        seen: list[Group] = []
+        for wave in count(1):
+            fresh = [self.next_group() for _ in range(self.run.batch.groups - len(kept))]
+            groups, seconds = await self.fleet.roll(fresh)
+            for name, spent in seconds.items():
+                times[name] += spent
+            seen += groups
+            for group in groups:
+                reason = self.hooks.drop_group(group=group)
+                self.hooks.group_end(group=group, dropped=reason)
+                if reason is None:
+                    kept.append(group)
+                else:
+                    dropped[reason] += 1
+            if len(kept) == self.run.batch.groups:
+                metrics: dict[str, float] = self.hooks.metrics(groups=seen, evaluating=False)
+                return kept, metrics | times | {"rollout/dropped_groups": float(dropped.total())}
+            if wave == PATIENCE and not kept:
+                why = ", ".join(f"{n} because {reason}" for reason, n in dropped.items())
+                raise Refused(f"no group was worth training on in {dropped.total()} prompts: {why}")
+        raise AssertionError
+
+    def next_group(self) -> Group:
+        sample = next(self.prompts, None)
+        if sample is None:
+            raise Refused(f"the training prompts ended after {self.state.cursor}; the run needs more for its steps")
+        self.state.cursor += 1
+        return numbered(sample, self.state.cursor, self.run.batch.group_size, self.seed)
+
+    def seed(self, *what: int) -> int:
+        """A seed for one attempt at one prompt: the same in every run of this seed, wherever it was resumed."""
+        key = "/".join(map(str, (self.run.seed, *what))).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    async def steps(self) -> None:
+        """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
+        for step in range(self.state.step + 1, self.run.steps + 1):
+            began = time.perf_counter()
+            groups, metrics = await self.ready.get()
+            waited = time.perf_counter() - began
+            metrics |= staleness(groups, step - 1)
+            metrics |= await self.fleet.train(step, self.updates(groups), self.run.batch.micro_tokens)
+            resting = time.perf_counter()
+            await self.weights.resting()
+            waited += time.perf_counter() - resting
+            metrics |= await self.fleet.push(step, verify=False)
+            metrics["weight_version"] = float(step)
+            if self.due(self.run.eval.every, step):
+                metrics |= await self.evaluate(step)
+            self.state.step, self.state.seconds = step, time.perf_counter() - self.began
+            if self.due(self.run.checkpoint.every, step) or step == self.run.steps:
+                metrics |= await self.save()
+            self.weights.move(step)
+            metrics |= self.times(metrics, waited, time.perf_counter() - began)
+            self.hooks.step_end(step=step, metrics=metrics)
+
+    def updates(self, groups: list[Group]) -> list[list[list[Sample]]]:
+        """The step's samples as units, dealt into its optimizer updates by whole groups."""
+        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
+            for sample, score in zip(group.samples, scores, strict=True):
+                sample.score = score
+        n = self.run.batch.updates
+        dealt: list[list[list[Sample]]] = []
+        for i in range(n):
+            units = [unit for group in groups[i::n] for unit in self.hooks.units(group=group)]
+            kept = [[sample for sample in unit if sample.score is not None] for unit in units]
+            dealt.append([unit for unit in kept if unit])
+        return dealt
+
+    def due(self, every: int, step: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.run.steps)
+
+    async def evaluate(self, step: int) -> dict[str, float]:
+        """Sample the held-out split once with the weights the engines have."""
+        began = time.perf_counter()
+        prompts = islice(self.hooks.prompts(split="eval", start=0), self.run.eval.prompts)
+        groups = [numbered(sample, i, 1, self.seed) for i, sample in enumerate(prompts)]
+        if not groups:
+            raise Refused("eval.every is set, but there are no held-out prompts")
+        groups, _ = await self.fleet.roll(groups, evaluating=True)
+        metrics: dict[str, float] = self.hooks.metrics(groups=groups, evaluating=True)
+        metrics["time/eval"] = time.perf_counter() - began
+        self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
+        return metrics
+
+    async def save(self) -> dict[str, float]:
+        began = time.perf_counter()
+        folder = self.store.begin(self.state.step)
+        await everyone(self.fleet.ranks, "save", str(folder))
+        waiting = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
+        for item in waiting:
+            self.ready.put_nowait(item)
+        self.state.waiting, self.state.plugins = [groups for groups, _ in waiting], self.hooks.state()
+        final = self.store.commit(folder, self.state)
+        if self.state.step == self.run.steps:
+            await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
+        self.hooks.saved(step=self.state.step, folder=final)
+        return {"time/checkpoint": time.perf_counter() - began}
+
+    def times(self, metrics: dict[str, float], waited: float, wall: float) -> dict[str, float]:
+        """Where the step's wall time went. ``time/other`` is the driver's own: none of the phases below."""
+        phases = ("train", "sync", "eval", "checkpoint")
+        other = wall - waited - sum(metrics.get(f"time/{phase}", 0.0) for phase in phases)
+        if not self.run.max_staleness:  # the wait was for sampling and rewarding, and for nothing else
+            other += waited - metrics.get("time/sample", 0.0) - metrics.get("time/reward", 0.0)
+        return {
+            "time_s": time.perf_counter() - self.began,
+            "time/step": wall,
+            "time/wait": waited,
+            "time/other": other,
+            "tokens_per_s": metrics.get("rollout/tokens", 0.0) / wall,
+        }
+
+
+def staleness(groups: list[Group], version: int) -> dict[str, float]:
+    """How many versions behind ``version`` the tokens are that this step trains on."""
+    oldest = [min((v for v in s.versions if v >= 0), default=version) for g in groups for s in g.samples]
+    return {"staleness/max": float(version - min(oldest)), "staleness/mean": version - sum(oldest) / len(oldest)}

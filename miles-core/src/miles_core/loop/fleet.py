@@ -1,0 +1,106 @@
+"""The processes of a run, started together and asked together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ..plugins import Manifest, Registry
+from ..types import Cluster, Engines, Group, Layout, Process, Role, Worker, WorkerDied
+from .batch import Unit, count, distribute, pack
+
+ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
+
+
+async def everyone(workers: list[Worker], method: str, *args: Any) -> list[Any]:
+    """One call to each worker at once; answers in their order.
+
+    Where several fail, a death explains the rest: peers of a dead rank only see a closed connection.
+    """
+    calls = [asyncio.ensure_future(worker.call(method, *args)) for worker in workers]
+    _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    if waiting:
+        await asyncio.wait(waiting, timeout=3)
+    errors = [error for call in calls if call.done() and (error := call.exception())]
+    for call in calls:
+        call.cancel()
+    for error in sorted(errors, key=lambda error: not isinstance(error, WorkerDied)):
+        raise error
+    return [call.result() for call in calls]
+
+
+@dataclass(slots=True)
+class Fleet:
+    cluster: Cluster
+    ranks: list[Worker]
+    layouts: list[Layout]
+    engines: list[Worker]
+    rollouts: list[Worker]
+    hooks: Registry
+    roles: dict[str, Role]
+    columns: dict[str, Any]
+
+    async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
+        """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
+        share = -(-len(groups) // len(self.rollouts))
+        parts = [groups[i : i + share] for i in range(0, len(groups), share)]
+        calls = [w.call("roll", part, evaluating) for w, part in zip(self.rollouts, parts, strict=False)]
+        answers = await asyncio.gather(*calls)
+        seconds = {f"time/{kind}": max(took[kind] for _, took in answers) for kind in ("sample", "reward")}
+        return [group for part, _ in answers for group in part], seconds
+
+    async def train(self, step: int, updates: list[list[Unit]], budget: int) -> dict[str, float]:
+        """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
+        size = self.layouts[0].dp_size
+        payload = []
+        for units in updates:
+            counts = count(units)
+            rows = distribute(units, size, budget)
+            payload.append([([pack(row, self.columns) for row in mine], counts) for mine in rows])
+        answers = await everyone(self.ranks, "train", step, await self.cluster.share(payload))
+        reports = [answer for answer, layout in zip(answers, self.layouts, strict=True) if layout.reports]
+        metrics: dict[str, float] = {}
+        for name in reports[0]:
+            values = [report[name] for report in reports]
+            shared = name.startswith("time/") or name.endswith(("grad_norm", "lr"))
+            metrics[name] = max(values) if shared else sum(values)
+        return metrics
+
+    async def push(self, version: int, verify: bool) -> dict[str, float]:
+        """Move the policy's weights to every engine. No engine serves until all of them have all of it."""
+        began = time.perf_counter()
+        await everyone(self.engines, "begin_update")
+        try:
+            sent = await everyone(self.ranks, "push", verify)
+            await everyone(self.engines, "end_update", version)
+        except BaseException:
+            await asyncio.gather(*(e.call("abort_update", timeout=5) for e in self.engines), return_exceptions=True)
+            raise
+        return {"time/sync": time.perf_counter() - began, "sync/bytes": sum(s.get("bytes", 0.0) for s in sent)}
+
+
+async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
+    """Start every process of the run side by side, and connect them."""
+    run = next(iter(hooks.plugins.values())).run
+    roles, columns, engines = hooks.roles(), hooks.columns(), hooks.engines()
+    world, hands = run.placement.trainers, run.placement.rollout_workers
+    assert isinstance(engines, Engines)
+    ranks = [Process(f"trainer-{i}", RANK, (manifest, i, world, roles, columns)) for i in range(world)]
+    hooks.progress(text=f"starting {world} training ranks, {len(engines.processes)} engines, {hands} rollout workers")
+
+    async def trainers() -> tuple[list[Worker], list[Layout]]:
+        workers = list(await asyncio.gather(*map(cluster.start, ranks)))
+        return workers, await everyone(workers, "build", await workers[0].call("address"))
+
+    async def samplers() -> tuple[list[Worker], list[Worker]]:
+        servers = list(await asyncio.gather(*map(cluster.start, engines.processes)))
+        workers = [
+            Process(f"rollout-{i}", ROLLOUT, (manifest, servers, engines.client), cpus=0.5) for i in range(hands)
+        ]
+        return servers, list(await asyncio.gather(*map(cluster.start, workers)))
+
+    (trained, layouts), (served, rolling) = await asyncio.gather(trainers(), samplers())
+    await everyone(trained, "connect", served)
+    return Fleet(cluster, trained, layouts, served, rolling, hooks, roles, columns)

@@ -1,0 +1,109 @@
+"""The rollout worker: prompts in, scored groups out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from ..plugins import Manifest
+from ..types import Engine, Group, Refused, Sample, Worker
+
+
+class RolloutWorker:
+    """One process that keeps many groups in flight at once."""
+
+    def __init__(self, manifest: Manifest, engines: list[Worker], client: str) -> None:
+        self._hooks = manifest.registry("rollout")
+        module, _, name = client.partition(":")
+        timeout = next(iter(self._hooks.plugins.values())).run.rollout.timeout_s
+        self._engine: Engine = getattr(import_module(module), name)(engines, timeout)
+
+    async def roll(self, groups: list[Group], evaluating: bool) -> tuple[list[Group], dict[str, float]]:
+        """Consumes prompts, produces the same groups sampled and rewarded, and the seconds that each took.
+
+        Raises what a rollout or a reward raised; the other groups are then given up.
+        """
+        clock = Clock()
+        tasks = [asyncio.ensure_future(self._one(group, evaluating, clock)) for group in groups]
+        try:
+            return list(await asyncio.gather(*tasks)), clock.seconds
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _one(self, group: Group, evaluating: bool, clock: Clock) -> Group:
+        with clock.span("sample"):
+            group = await self._hooks.rollout(group=group, engine=self._engine, evaluating=evaluating)
+            for sample in group.samples:
+                _check_rollout(sample)
+        with clock.span("reward"):
+            named: dict[str, list[float]] = await self._hooks.reward(group=group, evaluating=evaluating)
+        if not named:
+            raise Refused("nobody gives rewards: add a [reward.NAME] table or a plugin that answers miles_reward")
+        for name, values in named.items():
+            _check_reward(name, values, group)
+        for i, sample in enumerate(group.samples):
+            sample.rewards = {name: float(values[i]) for name, values in named.items()}
+            sample.reward = sum(sample.rewards.values())
+        return group
+
+
+def _check_rollout(sample: Sample) -> None:
+    size = len(sample.tokens)
+    for what in ("mask", "logprobs", "versions"):
+        if (have := len(getattr(sample, what))) != size:
+            raise Refused(f"sample {sample.id}: the rollout gave {size} tokens but {have} {what}")
+    if size and sample.mask[0]:
+        raise Refused(f"sample {sample.id}: its first token cannot be trained on, nothing comes before it")
+    if not all(map(math.isfinite, sample.logprobs)):
+        raise Refused(f"sample {sample.id}: the engine gave a log-probability that is not finite")
+
+
+def _check_reward(name: str, values: list[float], group: Group) -> None:
+    if len(values) != len(group.samples):
+        raise Refused(f"reward {name}, group {group.id}: {len(values)} values for {len(group.samples)} samples")
+    for value, sample in zip(values, group.samples, strict=True):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise Refused(f"reward {name}, sample {sample.id}: {value!r} is not a finite number")
+
+
+class Clock:
+    """Wall seconds by what was going on: "sample" while any group is sampling, "reward" while groups only wait."""
+
+    def __init__(self) -> None:
+        self.seconds = {"sample": 0.0, "reward": 0.0}
+        self._open: dict[str, int] = {"sample": 0, "reward": 0}
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def span(self, kind: str) -> Iterator[None]:
+        self._tick()
+        self._open[kind] += 1
+        try:
+            yield
+        finally:
+            self._tick()
+            self._open[kind] -= 1
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        for kind in ("sample", "reward"):
+            if self._open[kind]:
+                self.seconds[kind] += now - self._since
+                break
+        self._since = now
+
+
+def numbered(sample: Sample, group: int, attempts: int, seeds: Any) -> Group:
+    """A group of ``attempts`` copies of one prompt, each with its id and its own seed."""
+    copies = [
+        Sample(prompt=sample.prompt, info=dict(sample.info), tokens=list(sample.tokens), id=f"{group}/{i}",
+               seed=seeds(group, i))
+        for i in range(attempts)
+    ]  # fmt: skip
+    return Group(group, copies)
