@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import traceback
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,9 @@ def explain(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """List every key of the run, its value, and where it was written."""
     source = Source(files, overrides)
     manifest = assemble(source)
-    for key, value in _leaves(RunConfig.model_validate_json(manifest.run).model_dump(mode="json")):
-        click.echo(f"{'.'.join(key):<26} {value!s:<28} {_origin(source, key)}")
-    for listed in manifest.plugins:
-        config = manifest.registry("driver").plugins[listed.found.name].config
-        for key, value in _leaves(config.model_dump(mode="json")):
-            path = (listed.found.name, *key)
-            click.echo(f"{'.'.join(path):<26} {value!s:<28} {_origin(source, path)}")
+    tree = RunConfig.model_validate_json(manifest.run).model_dump(mode="json")
+    for key, value in _leaves(tree | {listed.found.name: json.loads(listed.config) for listed in manifest.plugins}):
+        click.echo(f"{'.'.join(key):<26} {value!s:<28} {source.origin(key)}")
 
 
 @main.command()
@@ -139,10 +136,5 @@ def _leaves(tree: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[tuple[
     return found
 
 
-def _origin(source: Source, key: tuple[str, ...]) -> str:
-    node: Any = source.tree
-    for part in key:
-        if not isinstance(node, dict) or part not in node:
-            return "default"
-        node = node[part]
-    return source.where(key)
+if __name__ == "__main__":
+    main()

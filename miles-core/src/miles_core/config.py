@@ -159,6 +159,10 @@ class Source:
                     return f"{path}:{line}"
         return str(next(iter(self.texts), "--set"))
 
+    def origin(self, loc: Loc) -> str:
+        """Where exactly ``loc`` was written, or "default"."""
+        return self.where(loc) if _reach(self.tree, loc) else "default"
+
     def complain(self, key: Loc | str, message: str) -> None:
         """Add a complaint about ``key``, with the place it was written at."""
         loc = tuple(key.split(".")) if isinstance(key, str) else key

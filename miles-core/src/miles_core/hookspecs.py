@@ -17,6 +17,7 @@ Plugins are asked in the order of ``plugins = [...]``, then the algorithm, then 
 """
 
 # ruff: noqa: I001
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -99,8 +100,8 @@ class Hooks:
         """Every group that came back, kept or not."""
 
     @hook("merge", "driver")
-    def miles_metrics(self, groups: list[Group], evaluating: bool) -> dict[str, float]:
-        """Numbers to report of every group sampled for one step, dropped ones too, or for one evaluation."""
+    def miles_metrics(self, step: int, groups: list[Group], evaluating: bool) -> dict[str, float]:
+        """Numbers to report of every group sampled for ``step``, dropped ones too, or to evaluate it."""
 
     @hook("slot", "driver", algorithm=True)
     def miles_score(self, groups: list[Group]) -> list[list[float | None]]:

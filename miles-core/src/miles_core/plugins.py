@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict
 
 from . import __version__
-from .config import RunConfig, suggest
+from .config import Loc, RunConfig, suggest
 from .hookspecs import Hooks, Place
 from .types import Refused
 
@@ -291,12 +291,12 @@ class Manifest:
 
 def assemble(source: Source) -> Manifest:
     """The run described by ``source``, every table validated. Raises ConfigError with all that is wrong."""
-    tree, chosen, listed = dict(source.tree), _named(source), []
-    for name, found in chosen.items():
+    tree, listed = dict(source.tree), []
+    for name, (found, loc) in _named(source).items():
         try:
             cls = found.load()
         except PluginError as error:
-            source.complain(_where_named(source, name), str(error))
+            source.complain(loc, str(error))
             tree.pop(name, None)
             continue
         if (config := source.validate(cls.Config, tree.pop(name, {}), (name,))) is not None:
@@ -323,11 +323,11 @@ def assemble(source: Source) -> Manifest:
     return manifest
 
 
-def _named(source: Source) -> dict[str, Found]:
-    """What the run names, in the order of asking: ``plugins``, the algorithm, then core's own."""
-    known, chosen = installed(), {}
+def _named(source: Source) -> dict[str, tuple[Found, Loc]]:
+    """What the run names and where, in the order of asking: ``plugins``, the algorithm, then core's own."""
+    known, chosen = installed(), dict[str, tuple[Found, Loc]]()
     plugins = source.tree.get("plugins", [])
-    named = [(name, ("plugins", i)) for i, name in enumerate(plugins if isinstance(plugins, list) else [])]
+    named: list[tuple[Any, Loc]] = [(name, ("plugins", i)) for i, name in enumerate(plugins)]
     named += [(source.tree["algorithm"], ("algorithm",))] if "algorithm" in source.tree else []
     for name, loc in named:
         if not isinstance(name, str):
@@ -339,18 +339,9 @@ def _named(source: Source) -> dict[str, Found]:
         except KeyError:
             source.complain(loc, f"{name!r} is not installed{suggest(name, known)}")
         else:
-            old = chosen.setdefault(found.name, found)
-            if loc[0] == "plugins" and (old is not found or plugins.count(name) > 1):
+            if found.name in chosen and loc[0] == "plugins":
                 source.complain(loc, f"{found.name!r} is named twice; name it once")
             if found.name in BUILTIN or found.name in RunConfig.model_fields:
                 source.complain(loc, f"{found.name!r} is a name of core's own; it is always there, or rename the file")
-    for name in BUILTIN:
-        chosen.setdefault(name, known[name])
-    return chosen
-
-
-def _where_named(source: Source, name: str) -> tuple[str | int, ...]:
-    for i, written in enumerate(source.tree.get("plugins", [])):
-        if Path(str(written)).stem == name:
-            return ("plugins", i)
-    return ("algorithm",)
+            chosen.setdefault(found.name, (found, loc))
+    return chosen | {name: (known[name], (name,)) for name in BUILTIN}

@@ -35,19 +35,25 @@ class Packed:
 
         from ..types import Batch
 
-        ends = np.cumsum(self.lengths)
-        starts = np.concatenate([[0], ends])
+        def tensor(x: np.ndarray[Any, Any]) -> torch.Tensor:
+            return torch.from_numpy(x).to(device)
+
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])
         seq = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        tensors = [self.tokens, self.mask, starts.astype(np.int32), seq, np.arange(len(seq)) - starts[seq]]
         return Batch(
-            *(torch.from_numpy(x).to(device) for x in (*tensors, self.logprobs)),
+            tokens=tensor(self.tokens),
+            mask=tensor(self.mask),
+            starts=tensor(starts.astype(np.int32)),
+            seq=tensor(seq),
+            positions=tensor(np.arange(len(seq)) - starts[seq]),
+            rollout_logprobs=tensor(self.logprobs),
             old_logprobs=None,
-            score=torch.from_numpy(self.score).to(device),
-            reward=torch.from_numpy(self.reward).to(device),
-            unit=torch.from_numpy(self.unit).to(device),
+            score=tensor(self.score),
+            reward=tensor(self.reward),
+            unit=tensor(self.unit),
             temperature=temperature,
             counts=counts,
-            columns={name: torch.from_numpy(x).to(device) for name, x in self.columns.items()},
+            columns={name: tensor(x) for name, x in self.columns.items()},
         )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import signal
 import time
 from collections import Counter, defaultdict
@@ -78,23 +79,30 @@ class Weights:
     def __init__(self, version: int) -> None:
         self.version = version
         self._moved, self._resting = asyncio.Event(), asyncio.Event()
+        self._wanted: float = version  # what ``reach`` waits for
 
     async def reach(self, version: int) -> None:
+        """Wait for the weights to be at ``version`` or beyond."""
+        self._wanted = version
         while self.version < version:
             self._moved.clear()
             self._resting.set()
             await self._moved.wait()
         self._resting.clear()
 
-    def move(self, version: int) -> None:
-        self.version = version
-        self._resting.clear()
-        self._moved.set()
-
     def rest(self) -> None:
+        """Nothing is left to sample."""
+        self._wanted = math.inf
         self._resting.set()
 
+    def move(self, version: int) -> None:
+        self.version = version
+        if version >= self._wanted:  # who waited goes on, and does not rest from this moment
+            self._resting.clear()
+        self._moved.set()
+
     async def resting(self) -> None:
+        """Wait until whoever samples waits for weights that are not there yet, or is done."""
         await self._resting.wait()
 
 
@@ -142,10 +150,10 @@ class Loop:
         """Consumes prompts, produces groups. Waits for weights new enough. Unblocked by ``steps``."""
         for step in range(self.state.step + 1 + self.ready.qsize(), self.run.steps + 1):
             await self.weights.reach(step - 1 - self.run.max_staleness)
-            self.ready.put_nowait(await self.gather())
+            self.ready.put_nowait(await self.gather(step))
         self.weights.rest()
 
-    async def gather(self) -> tuple[list[Group], dict[str, float]]:
+    async def gather(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of one step: those dropped are replaced by other prompts until there are enough."""
         kept: list[Group] = []
         dropped: Counter[str] = Counter()
@@ -165,7 +173,7 @@ class Loop:
                 else:
                     dropped[reason] += 1
             if len(kept) == self.run.batch.groups:
-                metrics: dict[str, float] = self.hooks.metrics(groups=seen, evaluating=False)
+                metrics: dict[str, float] = self.hooks.metrics(step=step, groups=seen, evaluating=False)
                 return kept, metrics | times | {"rollout/dropped_groups": float(dropped.total())}
             if wave == PATIENCE and not kept:
                 why = ", ".join(f"{n} because {reason}" for reason, n in dropped.items())
@@ -192,7 +200,6 @@ class Loop:
             began = time.perf_counter()
             groups, metrics = await self.ready.get()
             waited = time.perf_counter() - began
-            metrics |= staleness(groups, step - 1)
             metrics |= await self.fleet.train(step, self.updates(groups), self.run.batch.micro_tokens)
             resting = time.perf_counter()
             await self.weights.resting()
@@ -232,7 +239,7 @@ class Loop:
         if not groups:
             raise Refused("eval.every is set, but there are no held-out prompts")
         groups, _ = await self.fleet.roll(groups, evaluating=True)
-        metrics: dict[str, float] = self.hooks.metrics(groups=groups, evaluating=True)
+        metrics: dict[str, float] = self.hooks.metrics(step=step, groups=groups, evaluating=True)
         metrics["time/eval"] = time.perf_counter() - began
         self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         return metrics
@@ -264,9 +271,3 @@ class Loop:
             "time/other": other,
             "tokens_per_s": metrics.get("rollout/tokens", 0.0) / wall,
         }
-
-
-def staleness(groups: list[Group], version: int) -> dict[str, float]:
-    """How many versions behind ``version`` the tokens are that this step trains on."""
-    oldest = [min((v for v in s.versions if v >= 0), default=version) for g in groups for s in g.samples]
-    return {"staleness/max": float(version - min(oldest)), "staleness/mean": version - sum(oldest) / len(oldest)}

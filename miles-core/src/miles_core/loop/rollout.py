@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -24,25 +22,27 @@ class RolloutWorker:
         self._engine: Engine = getattr(import_module(module), name)(engines, timeout)
 
     async def roll(self, groups: list[Group], evaluating: bool) -> tuple[list[Group], dict[str, float]]:
-        """Consumes prompts, produces the same groups sampled and rewarded, and the seconds that each took.
+        """Consumes prompts, produces the same groups sampled and rewarded, and the wall seconds of each.
 
-        Raises what a rollout or a reward raised; the other groups are then given up.
+        Rewarding counts from the moment that nothing is sampling any more. Raises what a rollout or a reward raised;
+        the other groups are then given up.
         """
-        clock = Clock()
-        tasks = [asyncio.ensure_future(self._one(group, evaluating, clock)) for group in groups]
+        sampled: list[float] = []
+        began = time.perf_counter()
+        tasks = [asyncio.ensure_future(self._one(group, evaluating, sampled)) for group in groups]
         try:
-            return list(await asyncio.gather(*tasks)), clock.seconds
+            done = list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
+        return done, {"sample": max(sampled) - began, "reward": time.perf_counter() - max(sampled)}
 
-    async def _one(self, group: Group, evaluating: bool, clock: Clock) -> Group:
-        with clock.span("sample"):
-            group = await self._hooks.rollout(group=group, engine=self._engine, evaluating=evaluating)
-            for sample in group.samples:
-                _check_rollout(sample)
-        with clock.span("reward"):
-            named: dict[str, list[float]] = await self._hooks.reward(group=group, evaluating=evaluating)
+    async def _one(self, group: Group, evaluating: bool, sampled: list[float]) -> Group:
+        group = await self._hooks.rollout(group=group, engine=self._engine, evaluating=evaluating)
+        sampled.append(time.perf_counter())
+        for sample in group.samples:
+            _check_rollout(sample)
+        named: dict[str, list[float]] = await self._hooks.reward(group=group, evaluating=evaluating)
         if not named:
             raise Refused("nobody gives rewards: add a [reward.NAME] table or a plugin that answers miles_reward")
         for name, values in named.items():
@@ -70,33 +70,6 @@ def _check_reward(name: str, values: list[float], group: Group) -> None:
     for value, sample in zip(values, group.samples, strict=True):
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise Refused(f"reward {name}, sample {sample.id}: {value!r} is not a finite number")
-
-
-class Clock:
-    """Wall seconds by what was going on: "sample" while any group is sampling, "reward" while groups only wait."""
-
-    def __init__(self) -> None:
-        self.seconds = {"sample": 0.0, "reward": 0.0}
-        self._open: dict[str, int] = {"sample": 0, "reward": 0}
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def span(self, kind: str) -> Iterator[None]:
-        self._tick()
-        self._open[kind] += 1
-        try:
-            yield
-        finally:
-            self._tick()
-            self._open[kind] -= 1
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        for kind in ("sample", "reward"):
-            if self._open[kind]:
-                self.seconds[kind] += now - self._since
-                break
-        self._since = now
 
 
 def numbered(sample: Sample, group: int, attempts: int, seeds: Any) -> Group:

@@ -42,19 +42,21 @@ class Default(Plugin):
         return {"advantage": batch.per_token(batch.score)}
 
     @hookimpl
-    def miles_metrics(self, groups: list[Group], evaluating: bool) -> dict[str, float]:
-        return evaluation(groups, self.run.eval.accuracy) if evaluating else rollouts(groups)
+    def miles_metrics(self, step: int, groups: list[Group], evaluating: bool) -> dict[str, float]:
+        return evaluation(groups, self.run.eval.accuracy) if evaluating else rollouts(groups, step)
 
     @hookimpl
     def miles_skip_step(self, role: str, step: int, grad_norm: float) -> str | None:
         return None if math.isfinite(grad_norm) else f"the gradient norm of {role} is {grad_norm}"
 
 
-def rollouts(groups: list[Group]) -> dict[str, float]:
+def rollouts(groups: list[Group], step: int) -> dict[str, float]:
     """Of every group sampled for a step, those dropped too: filtering must not flatter the rewards.
 
-    ``reward/std`` is the population's; lengths count the tokens that the policy wrote.
+    ``reward/std`` is the population's; lengths count the tokens that the policy wrote; staleness is how many versions
+    a sample's oldest token is behind the weights that ``step`` starts from.
     """
+    stale = [step - 1 - min((v for v in s.versions if v >= 0), default=step - 1) for g in groups for s in g.samples]
     samples = [sample for group in groups for sample in group.samples]
     rewards = [sample.reward for sample in samples]
     lengths = [sum(sample.mask) for sample in samples]
@@ -65,6 +67,8 @@ def rollouts(groups: list[Group]) -> dict[str, float]:
         **{f"reward/{name}": fmean(sample.rewards[name] for sample in samples) for name in samples[0].rewards},
         "rollout/tokens": float(sum(lengths)),
         "rollout/length": fmean(lengths),
+        "staleness/max": float(max(stale)),
+        "staleness/mean": fmean(stale),
         "rollout/truncated": sum(sample.finish == "length" for sample in samples) / len(samples),
     }
 

@@ -1,0 +1,103 @@
+"""Megatron-LM as the trainer: ``[megatron]`` takes its own arguments under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ...config import RunConfig
+from ...hookspecs import hookimpl
+from ...plugins import Plugin
+from ...types import Batch, Complain, Model, Output, Refused, Role
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from torch import Tensor, nn
+
+Value = bool | int | float | str | list[bool | int | float | str]
+
+
+class Megatron(Plugin):
+    """Builds and runs models by Megatron-core; without a GPU through the CPU layer of ``device``."""
+
+    class Config(BaseModel):
+        """Any argument of Megatron-LM, such as ``tensor_model_parallel_size = 2`` or ``bf16 = true``."""
+
+        model_config = ConfigDict(extra="allow", frozen=True)
+        __pydantic_extra__: dict[str, Value]
+
+    def __init__(self, config: Config, run: RunConfig) -> None:
+        super().__init__(config, run)
+        self._args: Namespace | None = None
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """``[megatron]`` as written."""
+        return dict(self.config.model_extra or {})
+
+    @hookimpl
+    def miles_check(self, complain: Complain) -> None:
+        from . import arguments
+        from .stored import check_weights
+
+        found = arguments.check(self.table, self.run)
+        for key, message in found:
+            complain(key, message)
+        if not any(key == "model.path" for key, _ in found):
+            for message in check_weights(self.run.model.path):
+                complain("model.path", message)
+
+    @hookimpl
+    def miles_explain(self) -> dict[str, str]:
+        from . import hf
+
+        model = hf.architecture(hf.read(self.run.model.path))
+        shape, trainers = model.arguments, self.run.placement.trainers
+        tensor, pipeline = (self.table.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        return {
+            "model": f"{shape['num_layers']} layers of {shape['hidden_size']}, {model.parameters:,} parameters",
+            "trainers": f"{trainers} ranks: tensor {tensor} x pipeline {pipeline} "
+            f"x data {trainers // (tensor * pipeline)}",
+        }
+
+    @hookimpl
+    def miles_model(self, name: str, role: Role) -> Model:
+        if role.head != "token":
+            raise Refused(f"{name} asks for a {role.head} head; this version of Miles trains token heads only")
+        from pathlib import Path
+
+        from . import arguments, device, hf
+
+        device.install()
+        from . import build, model, weights
+
+        folder = Path(role.path) if role.path else self.run.model.path
+        architecture = hf.architecture(hf.read(folder))
+        args = arguments.parse(
+            arguments.settings(self.table, self.run, architecture, device.has_gpu()), self.run.placement.trainers
+        )
+        with device.running():
+            build.initialize(args)
+            module = build.module(args, architecture)
+            weights.load_weights(module, folder)
+            if not role.trained:
+                module.requires_grad_(False)
+            trained = build.trained(args, module) if role.trained else None
+            return model.MegatronModel(name, args, folder, module, trained)
+
+    @hookimpl
+    def miles_forward(self, role: str, module: nn.Module, batch: Batch) -> Output:
+        from .forward import forward
+
+        return forward(module, batch)
+
+    @hookimpl
+    def miles_export(self, role: str, model: Model) -> Iterator[tuple[str, Tensor]]:
+        from .model import MegatronModel
+
+        if not isinstance(model, MegatronModel):
+            raise TypeError(f"{role}: {type(model).__name__} was not built by the megatron edge; it cannot be exported")
+        return model.export()

@@ -1,0 +1,158 @@
+"""Attention, positions and norms for packed rows, as modules of Megatron's layer specification.
+
+A micro-batch is one row of T tokens, its sequences laid end to end. Megatron's own packed path (``thd``) needs
+Transformer Engine and loops over sequences in Python for rotary embeddings. Here ``Row`` rides through Megatron as
+its packed-sequence parameters, with ``qkv_format`` left unset: rotary frequencies are gathered at each token's
+position, and attention runs over sequences padded on the right. Under a causal mask a token never looks to its right,
+so the padding needs no mask of its own and PyTorch's fused kernel applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from .hf import Architecture
+
+
+@dataclass
+class Row(PackedSeqParams):
+    """Where the sequences of a packed row are, worked out once per micro-batch and shared by every layer."""
+
+    positions: Tensor | None = None  # [T] int64: place of each token within its sequence
+    padded: Tensor | None = None  # [P] int64: the token at each padded place; None when packed and padded are one
+    packed: Tensor | None = None  # [T] int64: the padded place of each token; None likewise
+    blocks: tuple[tuple[int, int], ...] = ()  # (sequences, padded length) of each block, in padded order
+
+
+def row(starts: Sequence[int], device: torch.device) -> Row:
+    """The row whose sequences begin at ``starts``, which ends with the number of tokens.
+
+    Sequences are laid out longest first in blocks, and a block ends where a sequence would be padded to more than
+    twice its length; padding thus never doubles the work, however the lengths are spread.
+    """
+    ends = np.asarray(starts, dtype=np.int64)
+    begins, lengths = ends[:-1], np.diff(ends)
+    begins, lengths = begins[lengths > 0], lengths[lengths > 0]
+    order = np.argsort(-lengths, kind="stable")
+    begins, lengths = begins[order], lengths[order]
+    cuts = [0]
+    while cuts[-1] < len(lengths):
+        cuts.append(int(np.searchsorted(-lengths, -(lengths[cuts[-1]] / 2), side="right")))
+    blocks = tuple((stop - start, int(lengths[start])) for start, stop in pairwise(cuts))
+    positions, packed = np.empty((2, int(ends[-1])), dtype=np.int64)
+    padded = np.zeros(sum(rows * width for rows, width in blocks), dtype=np.int64)
+    place = 0
+    for (start, stop), (rows, width) in zip(pairwise(cuts), blocks, strict=True):
+        columns = np.arange(width)
+        real = columns < lengths[start:stop, None]
+        tokens = (begins[start:stop, None] + columns)[real]
+        places = (place + np.arange(rows * width).reshape(rows, width))[real]
+        padded[places], packed[tokens] = tokens, places
+        positions[tokens] = np.broadcast_to(columns, real.shape)[real]
+        place += rows * width
+    if np.array_equal(padded, np.arange(len(packed))):  # already in order and of one length
+        return Row(positions=torch.from_numpy(positions).to(device), blocks=blocks)
+    return Row(
+        positions=torch.from_numpy(positions).to(device),
+        padded=torch.from_numpy(padded).to(device),
+        packed=torch.from_numpy(packed).to(device),
+        blocks=blocks,
+    )
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron is untyped
+    """Causal attention within each sequence of a row, by ``torch.nn.functional.scaled_dot_product_attention``."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_options: Any) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: Row,
+        **_options: Any,
+    ) -> Tensor:
+        """``query`` [T, 1, heads, width], ``key`` and ``value`` [T, 1, groups, width], all of this tensor-parallel rank.
+
+        Returns [T, 1, heads * width].
+        """
+        row = packed_seq_params
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        if row.padded is not None:
+            q, k, v = (x.index_select(0, row.padded) for x in (q, k, v))
+        blocks, place = [], 0
+        for rows, width in row.blocks:
+            stop = place + rows * width
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *(x[place:stop].unflatten(0, (rows, width)).transpose(1, 2) for x in (q, k, v)),
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            blocks.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+            place = stop
+        out = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        if row.packed is not None:
+            out = out.index_select(0, row.packed)
+        return out.unsqueeze(1)
+
+
+class PackedRotary(RotaryEmbedding):  # type: ignore[misc]
+    """Megatron's rotary embedding, at the positions of a row instead of 0 to T - 1."""
+
+    def __init__(self, config: TransformerConfig, model: Architecture, device: torch.device) -> None:
+        super().__init__(config.kv_channels, rotary_percent=1.0, rotary_base=1, use_cpu_initialization=True)
+        powers = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
+        inv_freq = 1.0 / model.rope_theta**powers
+        if model.scaling:
+            inv_freq = self._apply_scaling(
+                inv_freq,
+                model.scaling.factor,
+                model.scaling.low_freq_factor,
+                model.scaling.high_freq_factor,
+                model.scaling.original_max_position_embeddings,
+            )
+        self.inv_freq = inv_freq.to(device)
+
+    def get_rotary_seq_len(self, *args: Any, **_options: Any) -> Tensor:
+        """The positions to look up; GPTModel hands what this returns to ``forward``. The row comes last."""
+        positions: Tensor = args[-1].positions
+        return positions
+
+    def forward(self, positions: Tensor, **_options: Any) -> Tensor:
+        """Angles [T, 1, 1, width] at ``positions`` [T]."""
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4), computed in float32.
+
+    The norm that Megatron falls back to refuses sequence parallelism. Under it each rank sees a part of the row, so
+    the weight is marked for Megatron to add its gradient up over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_options: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)

@@ -1,0 +1,152 @@
+"""``Model`` of ``miles_core.types`` on Megatron: pipeline schedules, gradient reduction, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from ...types import Batch, Forward, Layout, Output
+from . import checkpoint, device, hf, weights
+from .build import Trained
+from .forward import unwrapped
+
+
+class MegatronModel:
+    """One role's model on this rank. A frozen one has no ``trained`` part and refuses to step.
+
+    Every method enters the CPU layer where there is no GPU, so it may be called from any thread.
+    """
+
+    def __init__(self, name: str, args: Namespace, folder: Path, module: torch.nn.Module, trained: Trained | None):
+        self.name, self.folder = name, folder
+        self.module = unwrapped(module)
+        self._args, self._trained = args, trained
+        self._whole = trained.ddp if trained else module
+        self._device = next(module.parameters()).device
+        self.layout = layout()
+
+    def run(
+        self, batches: list[Batch], forward: Forward, loss: Callable[[Batch, Output], Tensor] | None
+    ) -> list[Output]:
+        """See ``types.Model.run``. Every data-parallel rank must pass the same number of micro-batches, at least one.
+
+        A micro-batch may be empty (no sequence, T = 0): it goes forward and backward like any other and adds nothing.
+        """
+        if not batches:
+            raise ValueError(f"{self.name}: no micro-batch to run; a rank without data passes empty ones")
+        if loss is not None and self._trained is None:
+            raise ValueError(f"{self.name} is frozen, so it cannot be run with a loss; make it Role(trained=True)")
+        outputs: list[Output] = []
+        with device.running(), torch.set_grad_enabled(loss is not None):
+            if self._whole.training != (loss is not None):
+                self._whole.train(loss is not None)
+            get_forward_backward_func()(
+                forward_step_func=self._forward_step(forward, loss, outputs),
+                data_iterator=iter(batches),
+                model=self._whole,
+                num_microbatches=len(batches),
+                seq_length=1,  # unused: stages tell each other the length of each row
+                micro_batch_size=1,
+                forward_only=loss is None,
+            )
+        return outputs
+
+    def _forward_step(
+        self, forward: Forward, loss: Callable[[Batch, Output], Tensor] | None, outputs: list[Output]
+    ) -> Callable[[Iterator[Batch], torch.nn.Module], tuple[Any, Callable[[Output], Any] | None]]:
+        nothing = torch.zeros((), device=self._device)
+        no_tokens = torch.zeros((), dtype=torch.int, device=self._device)
+
+        def forward_step(
+            batches: Iterator[Batch], module: torch.nn.Module
+        ) -> tuple[Any, Callable[[Output], Any] | None]:
+            batch = next(batches)
+            output = forward(module, batch)
+            if not self.layout.last_stage:
+                return output.hidden, None
+
+            def finish(output: Output) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                total = nothing if loss is None else _anchored(loss(batch, output), output)
+                outputs.append(_detached(output))
+                return total, no_tokens, {}
+
+            return output, finish
+
+        return forward_step
+
+    @torch.no_grad()
+    def step(self, veto: Callable[[float], str | None]) -> tuple[dict[str, float], str | None]:
+        """See ``types.Model.step``. A vetoed update moves neither the weights nor the learning-rate schedule."""
+        if self._trained is None:
+            raise ValueError(f"{self.name} is frozen, so it has no optimizer to step; make it Role(trained=True)")
+        ddp, optimizer, scheduler = self._trained.ddp, self._trained.optimizer, self._trained.scheduler
+        with device.running():
+            finalize_model_grads([ddp])
+            optimizer.prepare_grads()
+            norm = float(optimizer.get_grad_norm())
+            reason = veto(norm)
+            if reason is None:
+                if self._args.clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._args.clip_grad, norm)
+                scheduler.step(1)  # before the update, so that the first one already has a learning rate
+                optimizer.step_with_ready_grads()
+            ddp.zero_grad_buffer()
+            optimizer.zero_grad()
+        return {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}, reason
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer, schedule and random-number states into ``folder``. Raises OSError."""
+        with device.running():
+            checkpoint.save(folder, self.module, self._trained)
+
+    def load(self, folder: Path) -> None:
+        """Restore what ``save`` wrote, bit by bit. Raises CheckpointError where the layout of ranks differs."""
+        with device.running():
+            checkpoint.load(folder, self.module, self._trained)
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names; see ``weights.export_weights``."""
+        with device.running():
+            yield from weights.export_weights(self.module, hf.read(self.folder))
+
+    def save_hf(self, folder: Path) -> None:
+        """See ``types.Model.save_hf``."""
+        with device.running(), torch.no_grad():
+            weights.save_hf(self.module, self.folder, folder)
+
+
+def layout() -> Layout:
+    """Where this rank stands in Megatron's groups."""
+    last = mpu.is_pipeline_last_stage()
+    return Layout(
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        last_stage=last,
+        reports=last and mpu.get_tensor_model_parallel_rank() == 0,
+    )
+
+
+def _anchored(loss: Tensor, output: Output) -> Tensor:
+    """``loss``, tied to the forward pass even if it is a constant, as that of an empty micro-batch may be."""
+    if loss.requires_grad or output.logprobs is None:
+        return loss
+    return loss + 0.0 * output.logprobs.sum()
+
+
+def _detached(output: Output) -> Output:
+    logprobs, entropy, values = (
+        None if x is None else x.detach() for x in (output.logprobs, output.entropy, output.values)
+    )
+    return Output(logprobs=logprobs, entropy=entropy, values=values)

@@ -1,0 +1,334 @@
+"""Hugging Face weights: read into Megatron's parameters, exported one tensor at a time, and saved again.
+
+Torch, safetensors and Megatron are imported where they are used, for ``check_weights`` runs on a login node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...types import Refused
+from . import hf
+from .names import EMBEDDING, OUTPUT, Block, Fusion, Names
+from .stored import INDEX, SINGLE, Stored, check_weights, find_tensors, some
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["check_weights", "export_weights", "load_weights", "save_hf"]
+
+PART_BYTES = 4 << 30  # of one file that ``save_hf`` writes, and of the memory it takes to do so
+_COPIED = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
+
+
+# -- into Megatron --------------------------------------------------------------------------------------------------
+
+
+def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Megatron's parameters in the order of their construction, layers numbered from the first of the whole model."""
+    while hasattr(module, "module"):  # DistributedDataParallel and Float16Module hold the model there
+        module = getattr(module, "module")  # noqa: B009 - nn.Module declares its attributes as tensors or modules
+    for name, parameter in module.named_parameters():
+        head, found, rest = name.partition("decoder.layers.")
+        if found and not head:
+            local, _, rest = rest.partition(".")
+            layer = int(getattr(module.get_submodule(found + local), "layer_number")) - 1  # noqa: B009
+            name = f"{found}{layer}.{rest}"
+        yield name, parameter
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Fill this rank's parameters from a model folder, reading only the rows and columns that it holds.
+
+    A collective of the pipeline group. Call it before the optimizer is built: an optimizer with parameters of its own
+    (bf16, distributed) copies them when it is. Raises Refused unless every parameter was filled and every tensor of
+    the folder used; every stage raises when one does.
+    """
+    if complaints := check_weights(folder):
+        raise Refused("\n".join(complaints))
+    names, (found, _) = Names(hf.read(folder)), find_tensors(folder)
+    used: set[str] = set()
+    with ExitStack() as stack:
+        reader = _Reader(stack, found)
+        for name, parameter in parameters(module):
+            if fault := _fill(names, name, parameter, reader):
+                complaints.append(fault)
+        used = reader.used
+    stages = _over_pipeline((used, complaints))
+    complaints = list(dict.fromkeys(fault for _, faults in stages for fault in faults))
+    if not complaints:
+        unused = sorted(names.tensors().keys() - set().union(*(seen for seen, _ in stages)))
+        faults = [f"{found[name].file}: tensor {name} fits no parameter of the model" for name in unused]
+        complaints = some(faults, "leave out the [megatron] arguments that change the architecture")
+    if complaints:
+        raise Refused("\n".join(complaints))
+
+
+class _Reader:
+    """Reads blocks of tensors, opening each file once."""
+
+    def __init__(self, stack: ExitStack, found: dict[str, Stored]) -> None:
+        self._stack, self._found = stack, found
+        self._open: dict[Path, Any] = {}
+        self.used: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def read(self, name: str, block: Block, dim: int) -> Tensor:
+        from safetensors import safe_open
+
+        file = self._found[name].file
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+        part = self._open[file].get_slice(name)
+        self.used.add(name)
+        tensor: Tensor = part[:, block.start : block.stop] if dim else part[block.start : block.stop]
+        return tensor
+
+
+def _fill(names: Names, name: str, parameter: nn.Parameter, reader: _Reader) -> str | None:
+    """Copy one parameter out of the files; returns what forbids it."""
+    rank, ranks = _tensor_parallel()
+    try:
+        fusion = _fusion(names, name, parameter, ranks)
+    except ValueError as error:
+        return str(error)
+    target, at, dim = parameter.data, 0, fusion.dim
+    for block in fusion.part(rank, target.shape[dim]):
+        length = block.stop - block.start
+        target.narrow(dim, at, length).copy_(reader.read(block.tensor, block, dim))
+        at += length
+        if names.tied and block.tensor == EMBEDDING and OUTPUT in reader:
+            rows = reader.read(EMBEDDING, block, dim), reader.read(OUTPUT, block, dim)
+            if not rows[0].equal(rows[1]):
+                return (
+                    f"{OUTPUT} differs from {EMBEDDING} although config.json says tie_word_embeddings true; "
+                    "set it to false there to train both"
+                )
+    target.narrow(dim, at, target.shape[dim] - at).zero_()  # padding of the vocabulary
+    return None
+
+
+def _fusion(names: Names, name: str, parameter: nn.Parameter, ranks: int) -> Fusion:
+    """Raises ValueError when the table has no such parameter, or one of another shape."""
+    fusion = names.fusion(name, ranks)
+    if fusion is None:
+        raise ValueError(
+            f"Megatron's parameter {name} {list(parameter.shape)} has no Hugging Face name; "
+            "leave out the [megatron] arguments that add it"
+        )
+    expected, shape = fusion.shape(ranks), tuple(parameter.shape)
+    padded = fusion.padded and shape[1:] == expected[1:] and shape[0] > expected[0]
+    if shape != expected and not padded:
+        raise ValueError(
+            f"Megatron's parameter {name} has shape {list(shape)} on each of {ranks} tensor-parallel ranks, "
+            f"where config.json makes it {list(expected)}; leave out the [megatron] arguments that change it"
+        )
+    return fusion
+
+
+def _tensor_parallel() -> tuple[int, int]:
+    from megatron.core import parallel_state as mpu
+
+    return mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+
+
+def _over_pipeline[T](value: T) -> list[T]:
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    group = mpu.get_pipeline_model_parallel_group()
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+# -- and out again --------------------------------------------------------------------------------------------------
+
+
+def export_weights(
+    module: nn.Module, config: dict[str, Any], value: Callable[[nn.Parameter], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors of this pipeline stage under their Hugging Face names, in an order that never changes.
+
+    ``value`` names a tensor of the parameter's shape to export instead of its data, such as its gradient; ``config``
+    is the parsed ``config.json``. Every rank iterates to the end, in step: tensors are gathered one at a time over the
+    tensor-parallel group. Only its first rank in the first data-parallel replica gets any. A tensor may share the
+    memory of the parameter, so copy what outlives the next step.
+
+    Raises Refused for a parameter without a Hugging Face name, before the first tensor.
+    """
+    from megatron.core import parallel_state as mpu
+
+    names, (rank, ranks) = Names(config), _tensor_parallel()
+    try:
+        plan = [(_fusion(names, name, parameter, ranks), parameter) for name, parameter in parameters(module)]
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return  # its tensor-parallel group holds the same tensors as that of replica 0
+    for fusion, parameter in plan:
+        if fusion.exported:
+            shard = (parameter if value is None else value(parameter)).detach()
+            parts = _gather(shard) if fusion.split and ranks > 1 else [shard]
+            if rank == 0:
+                yield from _take_apart(fusion, parts)
+
+
+def _gather(shard: Tensor) -> list[Tensor]:
+    """The shard of every tensor-parallel rank on the first one; nothing on the others."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    rank, ranks = _tensor_parallel()
+    parts = [torch.empty_like(shard) for _ in range(ranks)] if rank == 0 else None
+    dist.gather(shard.contiguous(), parts, group=mpu.get_tensor_model_parallel_group(), group_dst=0)
+    return parts or []
+
+
+def _take_apart(fusion: Fusion, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that ``parts``, one per tensor-parallel rank, are made of."""
+    import torch
+
+    pieces: dict[str, list[Tensor]] = {name: [] for name in fusion.tensors}
+    for rank, part in enumerate(parts):
+        at = 0
+        for block in fusion.part(rank, part.shape[fusion.dim]):
+            length = block.stop - block.start
+            pieces[block.tensor].append(part.narrow(fusion.dim, at, length))
+            at += length
+    for name in fusion.tensors:  # blocks run in the order of each tensor's own rows, so its pieces join end to end
+        found = pieces.pop(name)
+        yield name, found[0] if len(found) == 1 else torch.cat(found, fusion.dim)
+
+
+def save_hf(module: nn.Module, source: Path, folder: Path) -> None:
+    """Write the weights to ``folder`` with the configuration and tokenizer of ``source``, whole or not at all.
+
+    Every rank calls it. Each pipeline stage writes its own files, so ``folder`` must be one that all machines see. A
+    folder found there is replaced. Raises OSError on every rank when one of them could not write.
+    """
+    import torch.distributed as dist
+
+    config = hf.read(source)
+    writing = folder.with_name(f".{folder.name}.writing")
+    first = dist.get_rank() == 0
+    _on_every_rank(lambda: _prepare(writing) if first else None)
+    try:
+        written = _on_every_rank(lambda: _write(export_weights(module, config), writing))
+        _on_every_rank(lambda: _finish(written, config, source, writing, folder) if first else None)
+    finally:
+        if first:
+            shutil.rmtree(writing, ignore_errors=True)  # gone by now, unless something failed
+
+
+@dataclass
+class _Written:
+    """What one rank wrote: the tensors of each file, the bytes of them all, and the name of their dtype."""
+
+    files: dict[str, list[str]] = field(default_factory=dict)
+    size: int = 0
+    dtype: str = ""
+
+
+def _on_every_rank[T](work: Callable[[], T]) -> list[T]:
+    """Do ``work`` and return every rank's result. What one rank raises is raised by all, so that none waits for it."""
+    import torch.distributed as dist
+
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = work(), None
+    except Exception as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for _, fault in outcomes:
+        if fault is not None:
+            raise fault
+    return [result for result, _ in outcomes]
+
+
+def _prepare(writing: Path) -> None:
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> _Written:
+    """Write what this rank is given, ``PART_BYTES`` at a time."""
+    import torch.distributed as dist
+
+    held: dict[str, Tensor] = {}
+    written, bytes_held, fault = _Written(), 0, None
+    for name, tensor in tensors:
+        if fault is not None:
+            continue  # the other ranks are still sending
+        size = tensor.numel() * tensor.element_size()
+        if held and bytes_held + size > PART_BYTES:
+            fault = _flush(held, folder, written, dist.get_rank())
+            held, bytes_held = {}, 0
+        held[name] = tensor.to("cpu", copy=True).contiguous()
+        bytes_held += size
+        written.size += size
+        written.dtype = str(tensor.dtype).removeprefix("torch.")
+    fault = fault or (_flush(held, folder, written, dist.get_rank()) if held else None)
+    if fault is not None:
+        raise fault
+    return written
+
+
+def _flush(tensors: dict[str, Tensor], folder: Path, written: _Written, rank: int) -> OSError | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = folder / f"model-{rank:05d}-{len(written.files):05d}.safetensors"
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        _sync(path)
+    except (OSError, SafetensorError) as error:
+        return OSError(f"{path} cannot be written: {error}")
+    written.files[path.name] = list(tensors)
+    return None
+
+
+def _finish(written: list[_Written], config: dict[str, Any], source: Path, writing: Path, folder: Path) -> None:
+    """Add what the weights came with, then put the folder in its place."""
+    files = {file: tensors for rank in written for file, tensors in rank.files.items()}
+    if len(files) == 1:
+        (writing / next(iter(files))).rename(writing / SINGLE)
+    else:
+        weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+        index = {"metadata": {"total_size": sum(rank.size for rank in written)}, "weight_map": weight_map}
+        (writing / INDEX).write_text(json.dumps(index, indent=2))
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in _COPIED and path.name != INDEX:
+            shutil.copyfile(path, writing / path.name)
+    dtype = next(rank.dtype for rank in written if rank.dtype)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # readers load weights as what stands here
+    (writing / "config.json").write_text(json.dumps(config | {key: dtype}, indent=2))
+    for path in (*writing.iterdir(), writing):
+        _sync(path)
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    writing.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """To the disk itself, so that a power cut leaves no renamed folder with half of its files."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

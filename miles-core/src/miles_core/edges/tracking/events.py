@@ -1,0 +1,50 @@
+"""TensorBoard event files, written by the tensorboard package alone: the driver imports no torch for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from .files import explained
+
+WHAT = "the TensorBoard events"
+
+
+class EventFile:
+    """One event file of this process. Written in the calling thread, so that an error surfaces where it happens."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open a new file for a run of which ``step`` steps are done.
+
+        Earlier files in ``folder`` stay; TensorBoard is told to forget what they hold of steps that run again. Raises
+        OSError naming the file.
+        """
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        with explained(self.path, WHAT):
+            folder.mkdir(parents=True, exist_ok=True)
+            again = any(folder.glob("events.out.tfevents.*"))
+            self._records = RecordWriter(self.path.open("ab"))
+        self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
+        if again:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(self._event(wall_time=time.time(), step=step + 1 if step else 0, session_log=start))
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the numbers of one step. Raises OSError naming the file."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+
+    def _write(self, event: object) -> None:
+        with explained(self.path, WHAT):
+            self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
+            self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()

@@ -1,0 +1,42 @@
+"""Writing into the run folder: whole files or none, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HINTS = {
+    errno.ENOSPC: "make room, then go on with --resume",
+    errno.EDQUOT: "make room, then go on with --resume",
+    errno.EACCES: "make the run folder writable, or choose another run_dir",
+    errno.EPERM: "make the run folder writable, or choose another run_dir",
+    errno.EROFS: "make the run folder writable, or choose another run_dir",
+}
+
+
+@contextmanager
+def explained(path: Path, what: str) -> Iterator[None]:
+    """Let an OSError say what could not be written, where, and what to do; its class and errno stay."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
+        raise OSError(error.errno, f"{what} cannot be written: {reason}{hint}", str(path)) from error
+
+
+def replace(path: Path, text: str) -> None:
+    """Write ``path`` so that a reader, or a crash, meets the old file or the new one and nothing between.
+
+    Raises OSError where it cannot be written; the old file is then still there.
+    """
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,84 @@
+"""A checkpoint is whole, or it does not count."""
+
+import pytest
+from miles_core.edges.store.folder import WHOLE, RunFolder
+from miles_core.types import RunState
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunFolder(tmp_path / "run", keep=2)
+
+
+def write(store, step, text="weights"):
+    folder = store.begin(step)
+    (folder / "policy").mkdir()
+    (folder / "policy" / "rank-0").write_text(text * 100)
+    return store.commit(folder, RunState(step=step, cursor=step * 10))
+
+
+def newest(store):
+    said = []
+    return store.newest(said.append), said
+
+
+def test_the_newest_comes_back_with_its_state(store):
+    for step in (5, 10):
+        write(store, step)
+    (folder, state), said = newest(store)
+    assert (folder.name, state.step, state.cursor, said) == ("step-000010", 10, 100, [])
+
+
+def test_old_ones_go_only_after_a_new_one_is_whole(store):
+    for step in (1, 2, 3):
+        write(store, step)
+    assert sorted(p.name for p in (store._dir / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def cut(folder):
+    file = folder / "policy" / "rank-0"
+    file.write_bytes(file.read_bytes()[:50])
+
+
+def change(folder):
+    file = folder / "policy" / "rank-0"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (cut, "rank-0 has 50 bytes of 700"),
+        (change, "rank-0 has changed"),
+        (lambda folder: (folder / "policy" / "rank-0").unlink(), "rank-0 is missing"),
+        (lambda folder: (folder / WHOLE).unlink(), WHOLE),
+        (lambda folder: (folder / WHOLE).write_text('{"state'), WHOLE),
+    ],
+)
+def test_a_damaged_one_is_passed_over_and_that_is_said(store, damage, said):
+    write(store, 1)
+    damage(write(store, 2))
+    (folder, state), heard = newest(store)
+    assert state.step == 1
+    assert len(heard) == 1 and said in heard[0] and "step-000002" in heard[0]
+
+
+def test_a_writing_that_never_ended_does_not_count(store):
+    write(store, 1)
+    (store.begin(2) / "policy").mkdir()
+    assert newest(store)[0][1].step == 1
+
+
+def test_nothing_whole_is_nothing(store):
+    store.claim(resume=False)
+    assert newest(store) == (None, [])
+
+
+def test_an_earlier_run_is_moved_aside_never_overwritten(store):
+    assert store.claim(resume=False) is None
+    (store._dir / "metrics.jsonl").write_text("precious")
+    aside = store.claim(resume=False)
+    assert (aside / "metrics.jsonl").read_text() == "precious" and not any(store._dir.iterdir())
+    (store._dir / "metrics.jsonl").write_text("also")
+    assert store.claim(resume=True) is None
+    assert (store._dir / "metrics.jsonl").read_text() == "also"
