@@ -1,10 +1,10 @@
-"""Attention, positions and norms for packed rows, as modules of Megatron's layer specification.
+"""Attention over packed rows, as a module of Megatron's layer specification.
 
 A micro-batch is one row of T tokens, its sequences laid end to end. Megatron's own packed path (``thd``) needs
 Transformer Engine and loops over sequences in Python for rotary embeddings. Here ``Row`` rides through Megatron as
-its packed-sequence parameters, with ``qkv_format`` left unset: rotary frequencies are gathered at each token's
-position, and attention runs over sequences padded on the right. Under a causal mask a token never looks to its right,
-so the padding needs no mask of its own and PyTorch's fused kernel applies.
+its packed-sequence parameters, with ``qkv_format`` left unset. Attention rotates queries and keys by each token's own
+position, then runs over sequences padded on the right: under a causal mask a token never looks to its right, so the
+padding needs no mask of its own and PyTorch's fused kernel applies.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from .hf import Architecture
+from .rotary import rotate
 
 
 @dataclass
@@ -33,6 +32,8 @@ class Row(PackedSeqParams):
     padded: Tensor | None = None  # [P] int64: the token at each padded place; None when packed and padded are one
     packed: Tensor | None = None  # [T] int64: the padded place of each token; None likewise
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, padded length) of each block, in padded order
+    cos: Tensor | None = None  # [T, 1, width] of the rotary angles
+    sin: Tensor | None = None  # [T, 1, width / 2]
 
 
 def row(starts: Sequence[int], device: torch.device) -> Row:
@@ -94,6 +95,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron is unty
         """
         row = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
+        q, k = (rotate(x, row.cos, row.sin) for x in (q, k))
         if row.padded is not None:
             q, k, v = (x.index_select(0, row.padded) for x in (q, k, v))
         blocks, place = [], 0
@@ -111,48 +113,3 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron is unty
         if row.packed is not None:
             out = out.index_select(0, row.packed)
         return out.unsqueeze(1)
-
-
-class PackedRotary(RotaryEmbedding):  # type: ignore[misc]
-    """Megatron's rotary embedding, at the positions of a row instead of 0 to T - 1."""
-
-    def __init__(self, config: TransformerConfig, model: Architecture, device: torch.device) -> None:
-        super().__init__(config.kv_channels, rotary_percent=1.0, rotary_base=1, use_cpu_initialization=True)
-        powers = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
-        inv_freq = 1.0 / model.rope_theta**powers
-        if model.scaling:
-            inv_freq = self._apply_scaling(
-                inv_freq,
-                model.scaling.factor,
-                model.scaling.low_freq_factor,
-                model.scaling.high_freq_factor,
-                model.scaling.original_max_position_embeddings,
-            )
-        self.inv_freq = inv_freq.to(device)
-
-    def get_rotary_seq_len(self, *args: Any, **_options: Any) -> Tensor:
-        """The positions to look up; GPTModel hands what this returns to ``forward``. The row comes last."""
-        positions: Tensor = args[-1].positions
-        return positions
-
-    def forward(self, positions: Tensor, **_options: Any) -> Tensor:
-        """Angles [T, 1, 1, width] at ``positions`` [T]."""
-        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4), computed in float32.
-
-    The norm that Megatron falls back to refuses sequence parallelism. Under it each rank sees a part of the row, so
-    the weight is marked for Megatron to add its gradient up over the tensor-parallel ranks.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_options: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)

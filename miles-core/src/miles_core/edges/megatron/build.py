@@ -7,27 +7,36 @@ import logging
 import random
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from . import device
-from .attention import PackedAttention, PackedRotary, RMSNorm
+from .attention import PackedAttention
 from .hf import Architecture
+from .layers import RMSNorm, SwiGLU
+from .rotary import Rotary
 
 
 @dataclass
@@ -63,6 +72,7 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     config = core_transformer_config_from_args(args)
     config.variable_seq_lengths = True  # rows differ in length; pipeline stages tell each other
+    config.use_te_activation_func = True  # the layer's own activation, below, is a module that takes both halves
     config.finalize_model_grads_func = _leave_gradients
     gpt = GPTModel(
         config=config,
@@ -73,11 +83,10 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
         post_process=mpu.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=int(model.rope_theta),
+        position_embedding_type="none",  # attention rotates by itself, at packed positions
     )
     where = torch.device("cuda", torch.cuda.current_device()) if device.has_gpu() else torch.device("cpu")
-    gpt.rotary_pos_emb = PackedRotary(config, model, where)
+    gpt.rotary = Rotary(config.kv_channels, model, where)
     for parameter in gpt.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     gpt.to(where)
@@ -85,15 +94,33 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
 
 
 def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers, with attention over packed rows and norms that know sequence parallelism."""
-    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer = spec.submodules
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    """Megatron's layer out of its local linear layers, with attention over packed rows.
+
+    Names in checkpoints are those of the layers that fuse the norm into the linear layer after it.
+    """
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=PackedAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
+    layer = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+    specs = [ModuleSpec(TransformerLayer, submodules=layer)] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
 def _leave_gradients(*_args: Any, **_options: Any) -> None:
@@ -126,6 +153,9 @@ def trained(args: Namespace, module: torch.nn.Module) -> Trained:
         config_overrides=get_standard_config_overrides(optimizer_config),
         use_gloo_process_groups=False,
     )
+    if not device.has_gpu():  # the whole update in one pass over each parameter; no other optimizer runs there
+        for group in optimizer.param_groups:
+            group["fused"] = True
     return Trained(ddp, optimizer, _scheduler(args, optimizer))
 
 

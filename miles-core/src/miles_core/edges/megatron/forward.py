@@ -29,6 +29,7 @@ def forward(module: torch.nn.Module, batch: Batch) -> Output:
     padding = max(-(-length // multiple), 1) * multiple - length
     starts = batch.starts.tolist()
     packed = row([*starts, length + padding] if padding else starts, batch.tokens.device)
+    packed.cos, packed.sin = unwrapped(module).rotary(packed.positions, config.params_dtype)  # type: ignore[operator]
     tokens = torch.nn.functional.pad(batch.tokens, (0, padding))[None]
     result = module(
         input_ids=tokens,

@@ -88,7 +88,7 @@ def architecture(hf: dict[str, Any]) -> Architecture:
         "add_qkv_bias": kind == "qwen2",
         "qk_layernorm": kind == "qwen3",
         "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False),
-        "position_embedding_type": "rope",
+        "position_embedding_type": "none",  # rotary, by our own attention
     }
     return Architecture(arguments, hf["vocab_size"], float(rope.get("rope_theta", 10000.0)), _llama3(rope))
 

@@ -126,8 +126,8 @@ def check_weights(folder: Path, config: dict[str, Any] | None = None) -> list[st
     ]
 
 
-def some(complaints: list[str], advice: str) -> list[str]:
-    """The first few with what to do about them, and how many there are beyond."""
-    shown = [f"{complaint}; {advice}" for complaint in complaints[:_SHOWN]]
+def some(complaints: list[str], advice: str | None = None) -> list[str]:
+    """The first few, with what to do about them unless they say it, and how many there are beyond."""
+    shown = [f"{complaint}; {advice}" if advice else complaint for complaint in complaints[:_SHOWN]]
     more = len(complaints) - _SHOWN
     return shown if more <= 0 else [*shown[:-1], f"{shown[-1]} (and {more} more like this)"]

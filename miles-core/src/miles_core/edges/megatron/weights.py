@@ -47,24 +47,22 @@ def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Fill this rank's parameters from a model folder, reading only the rows and columns that it holds.
 
-    A collective of the pipeline group. Call it before the optimizer is built: an optimizer with parameters of its own
-    (bf16, distributed) copies them when it is. Raises Refused unless every parameter was filled and every tensor of
-    the folder used; every stage raises when one does.
+    A collective of the ranks that share one replica. Call it before the optimizer is built: an optimizer that keeps
+    parameters of its own (bf16, distributed) copies them then. Raises Refused unless every parameter was filled and
+    every tensor of the folder used; all of those ranks raise when one does.
     """
     if complaints := check_weights(folder):
         raise Refused("\n".join(complaints))
     names, (found, _) = Names(hf.read(folder)), find_tensors(folder)
-    used: set[str] = set()
     with ExitStack() as stack:
         reader = _Reader(stack, found)
         for name, parameter in parameters(module):
             if fault := _fill(names, name, parameter, reader):
                 complaints.append(fault)
-        used = reader.used
-    stages = _over_pipeline((used, complaints))
-    complaints = list(dict.fromkeys(fault for _, faults in stages for fault in faults))
+    ranks = _over_replica((reader.used, complaints))
+    complaints = some(list(dict.fromkeys(fault for _, faults in ranks for fault in faults)))
     if not complaints:
-        unused = sorted(names.tensors().keys() - set().union(*(seen for seen, _ in stages)))
+        unused = sorted(names.tensors().keys() - set().union(*(seen for seen, _ in ranks)))
         faults = [f"{found[name].file}: tensor {name} fits no parameter of the model" for name in unused]
         complaints = some(faults, "leave out the [megatron] arguments that change the architecture")
     if complaints:
@@ -141,11 +139,12 @@ def _tensor_parallel() -> tuple[int, int]:
     return mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
 
 
-def _over_pipeline[T](value: T) -> list[T]:
+def _over_replica[T](value: T) -> list[T]:
+    """The value of every tensor-parallel rank of every pipeline stage."""
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
-    group = mpu.get_pipeline_model_parallel_group()
+    group = mpu.get_model_parallel_group()
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values

@@ -15,11 +15,12 @@ from pathlib import Path
 from ...config import suggest
 from .files import explained, replace
 from .metrics import NAME, History, Series, read
-from .record import number
+from .record import number, printable
 
 WIDTH, HEIGHT = 540, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 34  # margins around the plot, for the labels
 POINTS = 160  # drawn at most; more steps than that become means, with the range of each behind them
+TINY, HUGE = 1e-200, 1e200  # a diverged run must not break the picture of how it got there
 MARKED = 24  # as many points, or fewer, are marked one by one
 
 # Both schemes meet the 4.5:1 contrast for text; lines also differ by dashes, so that colour alone tells nothing.
@@ -85,22 +86,22 @@ def draw(title: str, curves: Sequence[Curve], within: tuple[float, float] | None
         parts.append(_curve(i, curve.label, some, x, y, hover=not alone))
     if len(curves) > 1:
         parts.append(_legend([curve.label for curve in curves], top - 14))
-    told = f"<title>{escape(title)}</title><desc>{escape('; '.join(map(_told, curves)))}</desc>"
+    told = f"<title>{_text(title)}</title><desc>{_text('; '.join(map(_told, curves)))}</desc>"
     paper = f'<rect class="paper" width="{WIDTH}" height="{height}" rx="6"/>' if alone else ""
-    head = f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>' if alone else ""
+    head = f'<text class="title" x="{LEFT}" y="24">{_text(title)}</text>' if alone else ""
     style = f"<style>{STYLE}</style>" if alone else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="curve" role="img" viewBox="0 0 {WIDTH} {height}" '
-        f'aria-label="{escape(title)}">{told}{style}{paper}{head}{"".join(parts)}</svg>'
+        f'aria-label="{_text(title)}">{told}{style}{paper}{head}{"".join(parts)}</svg>'
     )
 
 
 def spark(series: Series) -> str:
     """A curve without axes, the height of a line of text."""
     points = condense(series, 60)
-    low, high = min(p.value for p in points), max(p.value for p in points)
+    low, high = _spread(min(p.value for p in points), max(p.value for p in points))
     x = Scale(points[0].step, max(points[-1].step, points[0].step + 1), 1, 119)
-    y = Scale(low, high if high > low else low + 1, 19, 3)
+    y = Scale(low, high, 19, 3)
     return (
         '<svg class="curve spark" aria-hidden="true" viewBox="0 0 120 22">'
         f'<polyline class="line" stroke="var(--c0)" points="{_path(points, x, y)}"/></svg>'
@@ -112,7 +113,7 @@ def condense(series: Series, limit: int = POINTS) -> list[Point]:
     size = -(-len(series.values) // limit)
     points = []
     for i in range(0, len(series.values), size):
-        steps, values = series.steps[i : i + size], series.values[i : i + size]
+        steps, values = series.steps[i : i + size], [min(max(v, -HUGE), HUGE) for v in series.values[i : i + size]]
         low, high = min(values), max(values)
         mean = min(max(math.fsum(v / len(values) for v in values), low), high)
         points.append(Point(sum(steps) / len(steps), mean, low, high))
@@ -121,9 +122,7 @@ def condense(series: Series, limit: int = POINTS) -> list[Point]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About ``count`` round numbers whose first is at most ``low`` and whose last is at least ``high``."""
-    if high - low <= abs(high) * 1e-9:  # a flat curve: show it in the middle
-        room = abs(high) * 0.1 or 1.0
-        low, high = low - room, high + room
+    low, high = _spread(low, high)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
@@ -131,10 +130,20 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(start, end + 1)]
 
 
+def _spread(low: float, high: float) -> tuple[float, float]:
+    """A range to draw on: that of the values, or one around them where they are all but equal."""
+    size = max(abs(low), abs(high))
+    if high - low > max(size * 1e-9, TINY):
+        return low, high
+    room = size * 0.1 if size > TINY else 1.0
+    return low - room, high + room
+
+
 def _axes(x: Scale, y: Scale, marks: list[float]) -> str:
     parts = []
-    decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
-    if decimals and round((marks[1] - marks[0]) * 10**decimals, 6) % 1:
+    step = marks[1] - marks[0]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if 0 < decimals <= 4 and round(step * 10**decimals, 6) % 1:
         decimals += 1  # steps of 0.25
     for mark in marks:
         at = f"{y(mark):.1f}"
@@ -170,7 +179,7 @@ def _curve(i: int, label: str, points: list[Point], x: Scale, y: Scale, hover: b
     if hover:
         parts += [
             f'<circle class="hit" r="5" cx="{x(p.step):.1f}" cy="{y(p.value):.1f}">'
-            f"<title>{escape(label)} at step {p.step:,.0f}: {number(p.value)}</title></circle>"
+            f"<title>{_text(label)} at step {p.step:,.0f}: {number(p.value)}</title></circle>"
             for p in points
         ]
     return "".join(parts)
@@ -182,10 +191,15 @@ def _legend(labels: list[str], at: float) -> str:
         dash = f' stroke-dasharray="{DASHES[i % 3]}"' if DASHES[i % 3] else ""
         parts.append(
             f'<line class="line" stroke="var(--c{i % 3})"{dash} x1="{left}" x2="{left + 24}" y1="{at}" y2="{at}"/>'
-            f'<text x="{left + 30}" y="{at}" dy=".32em">{escape(label)}</text>'
+            f'<text x="{left + 30}" y="{at}" dy=".32em">{_text(label)}</text>'
         )
         left += 54 + 6.5 * len(label)
     return "".join(parts)
+
+
+def _text(text: str) -> str:
+    """``text`` as XML: markup escaped, and the control characters that no XML may hold."""
+    return escape(printable(text))
 
 
 def _path(points: list[Point], x: Scale, y: Scale) -> str:

@@ -114,12 +114,12 @@ def timing(record: Record) -> list[Phase]:
     other = {"other": "everything else"}
     overlap = record.run.max_staleness > 0
     parts = ({"wait": "waiting for samples"} if overlap else rollout) | trainer | other
-    phases = [Phase(text, s := history.total(f"time/{name}"), s / whole) for name, text in parts.items()
-              if history.get(f"time/{name}")]  # fmt: skip
+    seconds = {name: history.total(f"time/{name}") for name in parts | rollout}
+    phases = [Phase(text, seconds[name], seconds[name] / whole) for name, text in parts.items() if seconds[name]]
     phases.append(Phase(WHOLE, whole, 1.0))
     if overlap:
-        phases += [Phase(f"{text}, beside training", history.total(f"time/{name}"), None)
-                   for name, text in rollout.items() if history.get(f"time/{name}")]  # fmt: skip
+        beside = [Phase(f"{text}, beside training", seconds[name], None) for name, text in rollout.items()]
+        phases += [phase for phase in beside if phase.seconds]
     if (outside := record.seconds - whole) >= 0.01:
         phases.append(Phase("before and between them", outside, None))
     return phases

@@ -65,9 +65,14 @@ def render(record: Record) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
+    def finish(value: object) -> object:
+        return printable(value, "\n\t") if type(value) is str else value  # Markup, a str of its own type, is ours
+
     loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"svg": Markup, "number": number, "printable": printable}
+    page = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finish
+    )
+    page.filters |= {"svg": Markup, "number": number}
     return page.get_template("report.html.j2").render(
         record=record,
         style=Markup(STYLE),

@@ -1,0 +1,79 @@
+"""Norm and activation, as modules of Megatron's layer specification. Each takes few passes over memory on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4).
+
+    Computed in float32. The norm that Megatron falls back to refuses sequence parallelism. Under it each rank sees a
+    part of the row, so the weight is marked for Megatron to add its gradient up over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_options: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # one kernel there, ten operations here
+            return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        normed: Tensor = _RMSNorm.apply(x.float(), self.weight.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x * r, r = (mean(x^2) + eps)^(-1/2) and g = dy * weight: dx = r (g - n mean(g n)), dw = sum dy n."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        scaled = grad * weight
+        mean = torch.linalg.vecdot(scaled, normed).div_(x.shape[-1])[..., None]
+        return scaled.addcmul_(normed, mean, value=-1).mul_(scale), grad_weight, None
+
+
+class SwiGLU(torch.nn.Module):
+    """``silu(gate) * up`` of ``[gate, up]``, halves of the last dimension (Shazeer 2020, arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _SwiGLU.apply(x)
+        return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Writes both halves of the gradient where they belong, instead of joining them afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(torch.nn.functional.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return out
