@@ -83,6 +83,10 @@ class Hooks:
     def miles_prompts(self, split: str, start: int) -> Iterator[Sample]:
         """Prompts: without end for "train", once for "eval". ``start`` of them were taken by an earlier process."""
 
+    @hook("event", "rollout")
+    def miles_rollout_start(self) -> None:
+        """This process is about to sample: load what takes long, such as a tokenizer."""
+
     @hook("slot", "rollout")
     async def miles_rollout(self, group: Group, engine: Engine, evaluating: bool) -> Group:
         """Fill in each sample: tokens, mask, logprobs, versions, response, finish."""

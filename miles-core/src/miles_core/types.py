@@ -194,7 +194,6 @@ class Layout:
     dp_size: int
     last_stage: bool  # holds the output layer, so computes losses
     reports: bool  # one rank per dp_rank, on the last stage: its metrics count, the others repeat them
-    pad_to: int = 1  # the row length of a micro-batch must be a multiple of this (sequence parallelism)
 
 
 Forward = Callable[["nn.Module", Batch], Output]
@@ -240,7 +239,7 @@ class RunState:
 
     step: int = 0
     cursor: int = 0  # prompts taken from the data
-    waiting: list[list[Group]] = field(default_factory=list)  # sampled for later steps, not trained on yet
+    waiting: list[tuple[list[Group], dict[str, float]]] = field(default_factory=list)  # sampled for later steps
     plugins: dict[str, Any] = field(default_factory=dict)  # what miles_state answered
     seconds: float = 0.0  # of this run, over every process that worked on it
 

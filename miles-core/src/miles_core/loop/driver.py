@@ -121,8 +121,8 @@ class Loop:
             await everyone(self.fleet.ranks, "load", str(folder))
             self.hooks.restore(state=self.state.plugins)
             self.hooks.progress(text=f"going on after step {self.state.step}, from {folder}")
-        for groups in self.state.waiting:
-            self.ready.put_nowait((groups, {}))
+        for item in self.state.waiting:
+            self.ready.put_nowait(item)
         self.prompts = self.hooks.prompts(split="train", start=self.state.cursor)
         self.weights = Weights(self.state.step)
         await self.fleet.push(self.state.step, verify=True)  # also proves, before any step, that weights arrive
@@ -209,11 +209,17 @@ class Loop:
             if self.due(self.run.eval.every, step):
                 metrics |= await self.evaluate(step)
             self.state.step, self.state.seconds = step, time.perf_counter() - self.began
+            folder = None
             if self.due(self.run.checkpoint.every, step) or step == self.run.steps:
-                metrics |= await self.save()
-            self.weights.move(step)
+                folder, saving = await self.save()
+                metrics |= saving
             metrics |= self.times(metrics, waited, time.perf_counter() - began)
             self.hooks.step_end(step=step, metrics=metrics)
+            if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
+                self.hooks.saved(step=step, folder=self.store.commit(folder, self.state))
+            self.weights.move(step)
+        await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
+        self.hooks.progress(text=f"the trained model is in {self.run_dir / 'model'}")
 
     def updates(self, groups: list[Group]) -> list[list[list[Sample]]]:
         """The step's samples as units, dealt into its optimizer updates by whole groups."""
@@ -244,19 +250,16 @@ class Loop:
         self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         return metrics
 
-    async def save(self) -> dict[str, float]:
+    async def save(self) -> tuple[Path, dict[str, float]]:
+        """Write a checkpoint that does not count yet."""
         began = time.perf_counter()
         folder = self.store.begin(self.state.step)
         await everyone(self.fleet.ranks, "save", str(folder))
         waiting = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
         for item in waiting:
             self.ready.put_nowait(item)
-        self.state.waiting, self.state.plugins = [groups for groups, _ in waiting], self.hooks.state()
-        final = self.store.commit(folder, self.state)
-        if self.state.step == self.run.steps:
-            await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
-        self.hooks.saved(step=self.state.step, folder=final)
-        return {"time/checkpoint": time.perf_counter() - began}
+        self.state.waiting, self.state.plugins = waiting, self.hooks.state()
+        return folder, {"time/checkpoint": time.perf_counter() - began}
 
     def times(self, metrics: dict[str, float], waited: float, wall: float) -> dict[str, float]:
         """Where the step's wall time went. ``time/other`` is the driver's own: none of the phases below."""

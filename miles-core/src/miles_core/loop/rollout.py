@@ -20,6 +20,7 @@ class RolloutWorker:
         module, _, name = client.partition(":")
         timeout = next(iter(self._hooks.plugins.values())).run.rollout.timeout_s
         self._engine: Engine = getattr(import_module(module), name)(engines, timeout)
+        self._hooks.rollout_start()
 
     async def roll(self, groups: list[Group], evaluating: bool) -> tuple[list[Group], dict[str, float]]:
         """Consumes prompts, produces the same groups sampled and rewarded, and the wall seconds of each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
@@ -12,23 +12,18 @@ from ...types import Engines, Process
 from .architecture import Architecture, Unsupported, architecture, read_config
 
 if TYPE_CHECKING:
-    from ...config import RunConfig
     from ...types import Complain
 
 MIB = 2**20
 
 
 class Local(Plugin):
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
+    class Config(Plugin.Config):
         max_batch: int = Field(512, gt=0)  # rows an engine decodes at once; more requests wait
         kv_mib: int = Field(1024, gt=0)  # most memory of an engine's KV cache; fewer rows where that is not enough
         threads: int = Field(1, gt=0)  # of each engine; on a shared machine two are slower than one
 
-    def __init__(self, config: Config, run: RunConfig) -> None:
-        super().__init__(config, run)
-        self.table = config
+    config: Config
 
     @hookimpl
     def miles_check(self, complain: Complain) -> None:
@@ -42,7 +37,7 @@ class Local(Plugin):
             complain("model.path", f"{self.run.model.path}: {error}")
             return
         context = self.run.model.context or arch.context
-        if rows_of(arch, context, self.table.max_batch, self.table.kv_mib) < 1:
+        if rows_of(arch, context, self.config.max_batch, self.config.kv_mib) < 1:
             need = -(-context * arch.token_bytes // MIB)
             complain(
                 "local.kv_mib",
@@ -59,7 +54,7 @@ class Local(Plugin):
         except (OSError, Unsupported):
             return {}
         context = self.run.model.context or arch.context
-        rows = rows_of(arch, context, self.table.max_batch, self.table.kv_mib)
+        rows = rows_of(arch, context, self.config.max_batch, self.config.kv_mib)
         size = rows * context * arch.token_bytes / MIB
         engines = self.run.placement.engines
         return {
@@ -69,14 +64,14 @@ class Local(Plugin):
 
     @hookimpl
     def miles_engines(self) -> Engines:
-        args = (str(self.run.model.path), self.run.model.context, self.table.max_batch, self.table.kv_mib)
+        args = (str(self.run.model.path), self.run.model.context, self.config.max_batch, self.config.kv_mib)
         processes = [
             Process(
                 name=f"engine-{i}",
                 target="miles_core.edges.local.server:LocalEngine",
                 args=args,
-                cpus=float(self.table.threads),
-                threads=self.table.threads,
+                cpus=float(self.config.threads),
+                threads=self.config.threads,
             )
             for i in range(self.run.placement.engines)
         ]

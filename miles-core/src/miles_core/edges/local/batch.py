@@ -187,7 +187,7 @@ class Batch:
         most = max(1, LOGITS // self._decoder.arch.vocab)
         parts = [
             self._sampler.draw(self._decoder.head(part), first + i * most)
-            for i, part in enumerate(states.split(most))
+            for i, part in enumerate(torch.split(states, most))
         ]
         tokens, logprobs = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
         self._tokens[first : first + len(rows)] = tokens.numpy()
@@ -215,8 +215,8 @@ class Batch:
         for row, finish in finished:
             if finish is not None:
                 row.complete(finish)
-            prompt = self._prompts[row.prompt]
-            if row in prompt.holders:
+            prompt = self._prompts.get(row.prompt)
+            if prompt is not None and row in prompt.holders:  # else it is of older weights, and was replaced
                 prompt.holders.remove(row)
                 if not prompt.holders:
                     del self._prompts[row.prompt]

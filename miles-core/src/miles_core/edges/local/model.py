@@ -126,12 +126,13 @@ class Decoder:
         qk, v = heads[:, : a.heads + a.kv_heads], heads[:, a.heads + a.kv_heads :]
         if layer.qk_norm is not None:
             qk = F.rms_norm(qk, (a.head_dim,), None, a.eps) * layer.qk_norm
-        turned = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        pairs = torch.view_as_complex(qk.view(len(qk), -1, a.head_dim // 2, 2))
+        turned = torch.view_as_real(pairs * turn).flatten(-2)
         return turned[:, : a.heads], turned[:, a.heads :], v
 
 
 def _pad(x: Tensor, shape: tuple[int, int], padded: Tensor | None) -> Tensor:
-    """[tokens, heads, dim] -> [sequences, longest, heads, dim]; ``padded`` says where each token goes, None in order."""
+    """[tokens, heads, dim] -> [sequences, longest, heads, dim]: each token to its place in ``padded``, or in order."""
     if padded is None:
         return x.reshape(*shape, *x.shape[1:])
     room = x.new_zeros(shape[0] * shape[1], *x.shape[1:])

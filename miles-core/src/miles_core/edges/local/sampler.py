@@ -75,7 +75,9 @@ class Sampler:
     def _uniform(self, rows: slice) -> np.ndarray:
         """[n] float32 in [0, 1), a multiple of 2^-23: times a float32 total it stays below that total."""
         self._state[rows] += _GAMMA
-        return (_mix(self._state[rows]) >> np.uint64(41)).astype(np.float32) * np.float32(2**-23)
+        uniform: np.ndarray = (_mix(self._state[rows]) >> np.uint64(41)).astype(np.float32)
+        uniform *= np.float32(2**-23)
+        return uniform
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

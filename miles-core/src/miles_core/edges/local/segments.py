@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from _posixshmem import shm_open
+from _posixshmem import shm_open  # type: ignore[import-not-found]
 from collections.abc import Iterator
 from contextlib import contextmanager
 

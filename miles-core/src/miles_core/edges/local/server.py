@@ -46,8 +46,10 @@ class LocalEngine:
 
         Raises EngineError when the engine has no whole weights, or a request cannot be answered: then none of them is.
         """
-        if self._broken or self._updating:
-            raise EngineError(self._broken or "the engine is between begin_update and end_update and serves nothing")
+        if self._updating:
+            raise EngineError("the engine is between begin_update and end_update and serves nothing")
+        if self._broken:
+            raise EngineError(self._broken)
         futures: list[asyncio.Future[Completion]] = []
         try:
             for request in requests:
@@ -92,10 +94,12 @@ class LocalEngine:
         while self._batch and not (self._paused or self._updating or self._broken):
             try:
                 self._batch.step(self._version)
-            except Exception as error:
-                self._batch.fail(error if isinstance(error, EngineError) else EngineError(f"{error!r} in the engine"))
-                if not isinstance(error, EngineError):
-                    raise
+            except EngineError as error:
+                self._batch.fail(error)
+            except Exception as error:  # not a task's to keep: whoever waits for tokens must hear of it
+                failed = EngineError(f"the engine failed in a token step: {type(error).__name__}: {error}")
+                failed.__cause__ = error
+                self._batch.fail(failed)
             await asyncio.sleep(0)
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -111,6 +115,7 @@ class LocalEngine:
         """
         if not self._updating:
             raise TransportError(f"{bucket.segment}: weights arrived outside an update; call begin_update first")
+        self._broken = "an update of the engine's weights was cut short; it serves nothing until a whole one arrived"
         with attached(bucket.segment) as memory:
             return self._copy(memory, bucket.pieces)
 
@@ -141,8 +146,7 @@ class LocalEngine:
 
     async def abort_update(self) -> None:
         """Give up an update. Weights that were partly overwritten are not served until a whole update arrives."""
-        if self._updating and self._arrived:
-            self._broken = "an update of the engine's weights was cut short; it serves nothing until a whole one"
+        self._updating = False
+        if self._broken:
             self._batch.fail(EngineError(self._broken))
-        self._updating, self._arrived = False, {}
         self._wake()

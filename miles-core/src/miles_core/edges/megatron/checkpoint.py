@@ -58,6 +58,8 @@ def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None
             f"{folder} was written by {_described(written)}, this run has {_described(_layout())}; "
             "set placement.trainers and the parallel sizes in [megatron] to what they were"
         )
+    if trained is not None:
+        _with_state(trained)
     state = dist_checkpointing.load(
         _sharded(module, trained, is_loading=True), str(folder), validate_access_integrity=False
     )
@@ -67,6 +69,13 @@ def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None
         trained.scheduler.num_steps = 0  # loading adds the checkpoint's count to it
         trained.scheduler.load_state_dict(state["scheduler"])
     _set_random_states(state["random"])
+
+
+def _with_state(trained: Trained) -> None:
+    """Give an optimizer that never stepped the tensors that its checkpoint is read into; torch makes them lazily."""
+    for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
+        if not optimizer.optimizer.state:
+            optimizer._init_optimizer_states_with_dummy_values()
 
 
 def _prepare_library() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ class MegatronModel:
         if loss is not None and self._trained is None:
             raise ValueError(f"{self.name} is frozen, so it cannot be run with a loss; make it Role(trained=True)")
         outputs: list[Output] = []
-        with device.running(), torch.set_grad_enabled(loss is not None):
+        with device.running(), torch.set_grad_enabled(loss is not None), ExitStack() as native:
             if self._whole.training != (loss is not None):
                 self._whole.train(loss is not None)
             get_forward_backward_func()(
                 forward_step_func=self._forward_step(forward, loss, outputs),
-                data_iterator=iter(batches),
+                data_iterator=_each(batches, native),
                 model=self._whole,
                 num_microbatches=len(batches),
                 seq_length=1,  # unused: stages tell each other the length of each row
@@ -63,6 +64,7 @@ class MegatronModel:
     def _forward_step(
         self, forward: Forward, loss: Callable[[Batch, Output], Tensor] | None, outputs: list[Output]
     ) -> Callable[[Iterator[Batch], torch.nn.Module], tuple[Any, Callable[[Output], Any] | None]]:
+        """What Megatron's schedules call for each micro-batch."""
         nothing = torch.zeros((), device=self._device)
         no_tokens = torch.zeros((), dtype=torch.int, device=self._device)
 
@@ -136,6 +138,12 @@ def layout() -> Layout:
         last_stage=last,
         reports=last and mpu.get_tensor_model_parallel_rank() == 0,
     )
+
+
+def _each(batches: list[Batch], native: ExitStack) -> Iterator[Batch]:
+    """A schedule names its device only before its first micro-batch; from there on PyTorch is called directly."""
+    native.enter_context(device.native())
+    yield from batches
 
 
 def _anchored(loss: Tensor, output: Output) -> Tensor:

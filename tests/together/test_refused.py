@@ -1,0 +1,72 @@
+"""Bad input at run time: status 2, one readable line, nothing left running."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import processes_of
+
+pytestmark = pytest.mark.slow
+
+REWARDS = {
+    "raises": ('raise ValueError("odd digits")', ["raises", "sample 1/0", "ValueError: odd digits"]),
+    "nan": ('return {"mine": [float("nan")] * len(group.samples)}', ["reward mine, sample 1/0: nan is not a finite"]),
+    "count": ('return {"mine": [1.0]}', ["reward mine, group 1: 1 values for 4 samples"]),
+}
+
+
+def plugin(runs, name, body):
+    (runs.folder / f"{name}.py").write_text(
+        "from miles_core import Plugin, hookimpl\n\n\nclass P(Plugin):\n    @hookimpl\n"
+        f"    async def miles_reward(self, group, evaluating):\n        {body}\n"
+    )
+    return ["--set", f'plugins=["./{name}.py"]', "--set", "eval.every=0", "--set", "steps=1"]
+
+
+@pytest.mark.parametrize("name", ["nan", "count"])
+def test_a_plugin_whose_rewards_cannot_be_used(runs, name):
+    body, said = REWARDS[name]
+    err = runs.run(f"bad-{name}", *plugin(runs, name, body), expect=2).stderr
+    assert all(text in err for text in said), err
+    assert "Traceback" not in err
+    assert not processes_of(str(runs.folder / f"bad-{name}"))
+
+
+def test_a_plugin_that_raises_is_named(runs):
+    body, _ = REWARDS["raises"]
+    err = runs.run("bad-raises", *plugin(runs, "raises", body), expect=1).stderr
+    assert "odd digits" in err and "in miles_reward of plugin raises" in err and "Traceback" not in err
+
+
+def test_a_scorer_that_raises_names_the_sample(runs):
+    (runs.folder / "scorer.py").write_text("def score(sample):\n    return 1 / 0\n")
+    keys = ["reward.mine.kind=python", "reward.mine.path=./scorer.py:score", "eval.every=0"]
+    err = runs.run("bad-scorer", *(x for key in keys for x in ("--set", key)), expect=2).stderr
+    assert "mine" in err and "1/0" in err and "ZeroDivisionError" in err and "Traceback" not in err
+
+
+def test_a_full_disk(runs):
+    """Every write to the metrics file fails as it would on a full disk."""
+    folder = runs.folder / "full"
+    folder.mkdir()
+    os.symlink("/dev/full", folder / "metrics.jsonl")
+    err = runs.run("full", "--resume", expect=2).stderr
+    assert "No space left on device" in err and "metrics.jsonl" in err and "Traceback" not in err
+
+
+def test_a_run_folder_that_cannot_be_written(runs):
+    err = runs.run("/proc/nowhere", expect=2).stderr
+    assert "/proc/nowhere" in err and "Traceback" not in err
+
+
+def test_a_checkpoint_cut_in_half_is_passed_over(runs):
+    if not (runs.folder / "sync" / "checkpoints").is_dir():
+        runs.run("sync", "--set", "mode=sync")
+    shutil.copytree(runs.folder / "sync", runs.folder / "cut")
+    file = max((runs.folder / "cut/checkpoints/step-000006/policy").rglob("*"), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    out = runs.run("cut", "--resume").stdout
+    assert "step-000006 is not whole" in out and "going on after step 4" in out
+    rows = [json.loads(line) for line in (runs.folder / "cut/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
