@@ -35,7 +35,7 @@ Location = Annotated[Path, BeforeValidator(_locate)]  # a path as the user wrote
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # `miles plugins` builds none
 
 
 class ModelTable(Table):
@@ -152,8 +152,8 @@ class Source:
     def where(self, loc: Loc) -> str:
         """``file:line`` of the longest written prefix of ``loc``, or the ``--set`` that wrote it."""
         for end in range(len(loc), 0, -1):
-            if loc[:end] in self.overrides:
-                return f"--set {self.overrides[loc[:end]]}"
+            if override := next((o for key, o in self.overrides.items() if key[:end] == loc[:end]), None):
+                return f"--set {override}"
             for path, text in reversed(self.texts.items()):
                 if line := _line_of(text, loc[:end]):
                     return f"{path}:{line}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import inspect
 import sys
@@ -16,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 from packaging.requirements import Requirement
-from pydantic import BaseModel, ConfigDict
 
 from . import __version__
-from .config import Loc, RunConfig, suggest
+from .config import Loc, RunConfig, Table, suggest
 from .hookspecs import Hooks, Place
 from .types import Refused
 
@@ -49,8 +47,8 @@ class PluginError(Refused):
 class Plugin:
     """Base of every plugin: a Config, validated from the table named after the plugin, and the run it is part of."""
 
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
+    class Config(Table):
+        pass
 
     def __init__(self, config: Config, run: RunConfig) -> None:
         self.config, self.run = config, run
@@ -230,6 +228,8 @@ class Registry:
             return merged((name, answer) for name, part in parts.items() for answer in part(**args))
 
         async def merge_async(**args: Any) -> dict[str, Any]:
+            import asyncio  # here, since `miles plugins` is quicker without
+
             answers = await asyncio.gather(*(part(**args)[0] for part in parts.values()))
             return merged(zip(parts, answers, strict=True))
 
@@ -291,6 +291,7 @@ class Manifest:
 
 def assemble(source: Source) -> Manifest:
     """The run described by ``source``, every table validated. Raises ConfigError with all that is wrong."""
+    source.refuse()  # a file that is not TOML
     tree, listed = dict(source.tree), []
     for name, (found, loc) in _named(source).items():
         try:
@@ -342,6 +343,7 @@ def _named(source: Source) -> dict[str, tuple[Found, Loc]]:
             if found.name in chosen and loc[0] == "plugins":
                 source.complain(loc, f"{found.name!r} is named twice; name it once")
             if found.name in BUILTIN or found.name in RunConfig.model_fields:
-                source.complain(loc, f"{found.name!r} is a name of core's own; it is always there, or rename the file")
-            chosen.setdefault(found.name, (found, loc))
+                source.complain(loc, f"{found.name!r} is a name of core's own; leave it out, or rename the file")
+            else:
+                chosen.setdefault(found.name, (found, loc))
     return chosen | {name: (known[name], (name,)) for name in BUILTIN}

@@ -1,0 +1,85 @@
+"""Group-relative policy optimization: samples of one prompt are judged against each other, so no critic is needed.
+
+GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and the REINFORCE++ baseline are values of the keys in ``config.Config``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from miles_core import Plugin, hookimpl
+from miles_core.types import Column, Refused, Role
+
+from .advantages import scores
+from .config import Config as Keys
+
+if TYPE_CHECKING:
+    from miles_core.types import Batch, Complain, Group, Loss, Mean, Output
+
+SAME_REWARD = 1e-6  # rewards no further apart than this are equal
+
+
+class GRPO(Plugin):
+    class Config(Keys):
+        """The keys of ``[grpo]``; ``config.Config`` says what each does."""
+
+    config: Config
+
+    # -- driver --------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def miles_check(self, complain: Complain) -> None:
+        if self.run.batch.group_size < 2:
+            complain("batch.group_size", "is 1, but grpo compares samples of one prompt; say 2 or more")
+        for key, message in self.config.contradictions().items():
+            complain(f"grpo.{key}", message)
+
+    @hookimpl
+    def miles_explain(self) -> dict[str, str]:
+        keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in self.config if value is not None)
+        ref = "a frozen copy of the model the run starts from" if self.config.kl else "none, as kl = 0"
+        return {"grpo": keys, "grpo's reference model": ref}
+
+    @hookimpl
+    def miles_roles(self) -> dict[str, Role]:
+        return {"ref": Role()} if self.config.kl else {}
+
+    @hookimpl
+    def miles_columns(self) -> dict[str, Column]:
+        return {"ref_logprobs": Column(role="ref")} if self.config.kl else {}
+
+    @hookimpl
+    def miles_drop_group(self, group: Group) -> str | None:
+        """DAPO's dynamic sampling: equal rewards have advantage 0, so such a group would only fill up the batch."""
+        if not self.config.dynamic_sampling:
+            return None
+        name = self.config.dynamic_sampling_reward
+        if name is None:
+            rewards, what = group.rewards, "reward"
+        elif name in group.samples[0].rewards:
+            rewards, what = [sample.rewards[name] for sample in group.samples], name
+        else:
+            known = ", ".join(group.samples[0].rewards)
+            raise Refused(f"grpo.dynamic_sampling_reward = {name!r} is none of the rewards given: {known}")
+        return f"every {what} is {rewards[0]:g}" if max(rewards) - min(rewards) <= SAME_REWARD else None
+
+    @hookimpl
+    def miles_score(self, groups: list[Group]) -> list[list[float]]:
+        return scores(groups, self.config)
+
+    # -- trainer -------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def miles_loss(self, role: str, batch: Batch, output: Output) -> Loss:
+        from .losses import policy_loss
+
+        if role != "policy":
+            raise Refused(f"grpo trains the policy only, and was asked for the loss of {role!r}")
+        return policy_loss(batch, output, self.config, self.run.rollout.max_tokens)
+
+    @hookimpl
+    def miles_penalty(self, role: str, batch: Batch, output: Output) -> dict[str, Mean]:
+        from .losses import penalties
+
+        return penalties(batch, output, self.config, self.run.rollout.max_tokens) if role == "policy" else {}

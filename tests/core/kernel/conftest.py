@@ -5,7 +5,7 @@ from miles_core.config import ConfigError, Source
 from miles_core.plugins import assemble
 
 RUN = """\
-algorithm = "./algorithm.py"
+algorithm = "./mine.py"
 
 [model]
 path = "model"
@@ -18,7 +18,7 @@ ALGORITHM = """\
 from miles_core import Plugin, hookimpl
 
 
-class Algorithm(Plugin):
+class Mine(Plugin):
     @hookimpl
     def miles_loss(self, role, batch, output):
         return "loss"
@@ -27,14 +27,14 @@ class Algorithm(Plugin):
 
 @pytest.fixture
 def write(tmp_path):
-    """``write(name, text)`` into the folder that ``complaints`` reads; "run.toml" and "algorithm.py" are there."""
+    """``write(name, text)`` into the folder that ``complaints`` reads; "run.toml" and "mine.py" are there."""
 
     def write(name: str, text: str) -> Path:
         (tmp_path / name).write_text(text)
         return tmp_path / name
 
     write("run.toml", RUN)
-    write("algorithm.py", ALGORITHM)
+    write("mine.py", ALGORITHM)
     return write
 
 

@@ -8,7 +8,7 @@ def test_all_complaints_come_at_once_in_the_order_of_the_lines(write, complaints
     write(
         "run.toml",
         """\
-algorithm = "./algorithm.py"
+algorithm = "./mine.py"
 plugins = [
 
     "fp9",
@@ -40,7 +40,7 @@ groups = "many"
 
 
 def test_a_missing_key_points_at_its_table(write, complaints):
-    write("run.toml", 'algorithm = "./algorithm.py"\n\n[model]\ncontext = 5\n')
+    write("run.toml", 'algorithm = "./mine.py"\n\n[model]\ncontext = 5\n')
     assert complaints() == ["run.toml:3: model.path: missing; it has no default"]
 
 
@@ -90,9 +90,9 @@ def test_a_file_that_is_not_there(complaints):
 
 
 def test_settings_of_a_plugin_the_run_does_not_use(write, complaints):
-    write("run.toml", 'algorithm = "./algorithm.py"\n[model]\npath = "model"\n[gropo]\nclip = 1\n')
+    write("run.toml", 'algorithm = "./mine.py"\n[model]\npath = "model"\n[gropo]\nclip = 1\n')
     assert complaints()[0].startswith("run.toml:4: gropo: no such key")
-    write("run.toml", 'algorithm = "./algorithm.py"\n[model]\npath = "model"\n[use]\nlos = "x"\n')
+    write("run.toml", 'algorithm = "./mine.py"\n[model]\npath = "model"\n[use]\nlos = "x"\n')
     assert complaints()[0] == "run.toml:5: use.los: no such slot; did you mean 'loss'?"
 
 

@@ -198,20 +198,20 @@ def test_a_single_file_is_a_plugin(write, complaints):
     ],
 )
 def test_a_broken_file_is_one_line(write, complaints, text, said):
-    write("algorithm.py", text)
+    write("mine.py", text)
     lines = [line for line in complaints() if line.startswith("run.toml:1: algorithm:")]
     assert len(lines) == 1 and said in lines[0]
 
 
 def test_a_file_that_is_not_there(write, complaints, tmp_path):
-    (tmp_path / "algorithm.py").unlink()
+    (tmp_path / "mine.py").unlink()
     assert any("run.toml:1: algorithm:" in line and "cannot be read" in line for line in complaints())
 
 
 def test_a_name_of_cores_own(write, complaints):
     write("data.py", "from miles_core import Plugin\nclass X(Plugin): ...\n")
     assert any("'data' is a name of core's own" in line for line in complaints('plugins=["./data.py"]')) or True
-    write("run.toml", 'algorithm = "./algorithm.py"\nplugins = ["./data.py"]\n[model]\npath = "m"\n')
+    write("run.toml", 'algorithm = "./mine.py"\nplugins = ["./data.py"]\n[model]\npath = "m"\n')
     assert any("'data' is a name of core's own" in line for line in complaints())
 
 
@@ -289,8 +289,8 @@ def test_a_worker_with_another_version_refuses_to_start(manifest):
 
 
 def test_a_single_file_travels_with_its_source(manifest, tmp_path):
-    (tmp_path / "algorithm.py").unlink()  # another machine does not have it
-    assert "algorithm" in manifest.registry("trainer").plugins
+    (tmp_path / "mine.py").unlink()  # another machine does not have it
+    assert "mine" in manifest.registry("trainer").plugins
 
 
 def test_complaints_are_refused_not_printed(complaints, tmp_path):

@@ -8,7 +8,7 @@ import socket
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
@@ -23,9 +23,7 @@ SPARE_CPUS = 4  # of a local Ray, for processes that stand in no placement table
 
 
 class Ray(Plugin):
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
+    class Config(Plugin.Config):
         address: str | None = None  # "host:port" or "auto"; a local Ray is started when left out
         cpus: int | None = Field(None, gt=0)  # that a local Ray may give out, however many cores there are
         object_store_mib: int = Field(256, ge=80)  # shared memory of a local Ray

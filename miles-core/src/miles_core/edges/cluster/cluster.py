@@ -69,7 +69,7 @@ class RayCluster:
             log = str(folder / f"{process.name}.log")
         return (
             _ray()
-            .remote(Host)
+            .remote(type(process.name, (Host,), {}))  # the name of the class is what ps and Ray's dashboard show
             .options(
                 name=process.name if nth == 1 else f"{process.name}.{nth}",
                 namespace=self._namespace,

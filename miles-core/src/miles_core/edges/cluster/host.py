@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from .failure import Failure
@@ -48,8 +47,6 @@ class Host:
             os.environ[variable] = str(threads)
         if log:
             _redirect(log)
-        with suppress(OSError):  # the name of the main thread is the one that ps and top show
-            Path(f"/proc/self/task/{os.getpid()}/comm").write_text(name[:15])
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._lines: dict[str, _Line] = {}
 
@@ -97,7 +94,9 @@ class Host:
         orders never end.
         """
         line = self._lines.setdefault(caller, _Line())
-        if number != line.next:
+        if number < line.next:
+            return  # it was begun, and only its result was lost
+        if number > line.next:
             line.early[number] = asyncio.get_running_loop().create_future()
             await line.early[number]
         line.next += 1

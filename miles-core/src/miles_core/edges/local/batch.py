@@ -157,20 +157,24 @@ class Batch:
                 fresh[row.prompt] = row
             self.waiting.popleft()
             row.place = len(self.rows)
+            self.rows.append(row)
             arrived.append(row)
-            self._enter(row)
+        if not arrived:
+            return
         if fresh:
             states = self._decoder.prefill([list(p) for p in fresh], [row.place for row in fresh.values()])
             for prompt, row, state in zip(fresh, fresh.values(), states, strict=True):
                 self._prompts[prompt] = Prompt(state, version, [row])
         self._share([row for row in arrived if fresh.get(row.prompt) is not row])
-        if arrived:
-            self._sample(torch.stack([self._prompts[row.prompt].state for row in arrived]), arrived, version)
+        self._enter(arrived)
+        self._sample(torch.stack([self._prompts[row.prompt].state for row in arrived]), arrived, version)
 
-    def _enter(self, row: Row) -> None:
-        self.rows.append(row)
-        self._positions[row.place] = len(row.prompt) - 1
-        self._sampler.put(row.place, row.request.sampling, row.request.seed)
+    def _enter(self, rows: list[Row]) -> None:
+        """Note where new rows stand, which follow one another, and how they want to be sampled."""
+        first, last = rows[0].place, rows[-1].place
+        self._positions[first : last + 1] = [len(row.prompt) - 1 for row in rows]
+        requests = [row.request for row in rows]
+        self._sampler.put(first, [request.sampling for request in requests], [request.seed for request in requests])
 
     def _share(self, rows: list[Row]) -> None:
         """Copy prompts that another row has already."""

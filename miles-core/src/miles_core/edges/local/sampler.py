@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...types import Sampling
@@ -27,13 +28,15 @@ class Sampler:
         self._top_k = np.zeros(rows, np.int64)
         self._state = np.zeros(rows, np.uint64)
 
-    def put(self, row: int, sampling: Sampling, seed: int) -> None:
-        """Give ``row`` to a new request."""
-        filtered = sampling.top_p < 1.0 or sampling.top_k > 0
-        self._kind[row] = GREEDY if sampling.temperature == 0 else FILTERED if filtered else PLAIN
-        self._scale[row] = 1.0 / sampling.temperature if sampling.temperature else 1.0
-        self._top_p[row], self._top_k[row] = sampling.top_p, sampling.top_k
-        self._state[row] = _mix(np.array([seed % 2**64], np.uint64))[0]  # so that seeds 1 and 2 do not overlap
+    def put(self, start: int, samplings: list[Sampling], seeds: list[int]) -> None:
+        """Give the rows from ``start`` on to new requests."""
+        rows = slice(start, start + len(seeds))
+        self._kind[rows] = [_kind(sampling) for sampling in samplings]
+        self._scale[rows] = [1.0 / (sampling.temperature or 1.0) for sampling in samplings]
+        self._top_p[rows] = [sampling.top_p for sampling in samplings]
+        self._top_k[rows] = [sampling.top_k for sampling in samplings]
+        # Mixed once, so that the streams of seeds 1 and 2 are not one stream, shifted.
+        self._state[rows] = _mix(np.array([seed % 2**64 for seed in seeds], np.uint64))
 
     def move(self, sources: list[int], rows: list[int]) -> None:
         """What is in rows ``sources`` goes on in ``rows``."""
@@ -60,7 +63,9 @@ class Sampler:
             tokens[at], logprobs[at] = self._draw(kind, logits[at], uniform[at], start + members)
         return tokens, logprobs
 
-    def _draw(self, kind: int, logits: Tensor, uniform: Tensor, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+    def _draw(
+        self, kind: int, logits: Tensor, uniform: Tensor, rows: slice | NDArray[np.intp]
+    ) -> tuple[Tensor, Tensor]:
         if kind == GREEDY:
             logprobs, tokens = logits.log_softmax(-1).max(-1)
             return tokens, logprobs
@@ -72,15 +77,20 @@ class Sampler:
         places, logprobs = invert(kept, uniform)
         return order.gather(1, places[:, None])[:, 0], logprobs
 
-    def _uniform(self, rows: slice) -> np.ndarray:
+    def _uniform(self, rows: slice) -> NDArray[np.float32]:
         """[n] float32 in [0, 1), a multiple of 2^-23: times a float32 total it stays below that total."""
         self._state[rows] += _GAMMA
-        uniform: np.ndarray = (_mix(self._state[rows]) >> np.uint64(41)).astype(np.float32)
-        uniform *= np.float32(2**-23)
-        return uniform
+        top = _mix(self._state[rows]) >> np.uint64(41)
+        return top.astype(np.float32) * np.float32(2**-23)
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
+def _kind(sampling: Sampling) -> int:
+    if sampling.temperature == 0:
+        return GREEDY
+    return FILTERED if sampling.top_p < 1.0 or sampling.top_k > 0 else PLAIN
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (state ^ (state >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2
     return z ^ (z >> np.uint64(31))

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
-from ...config import RunConfig
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
 from ...types import Batch, Complain, Model, Output, Refused, Role
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from torch import Tensor, nn
 
 Value = bool | int | float | str | list[bool | int | float | str]
@@ -23,15 +20,11 @@ Value = bool | int | float | str | list[bool | int | float | str]
 class Megatron(Plugin):
     """Builds and runs models by Megatron-core; without a GPU through the CPU layer of ``device``."""
 
-    class Config(BaseModel):
+    class Config(Plugin.Config):
         """Any argument of Megatron-LM, such as ``tensor_model_parallel_size = 2`` or ``bf16 = true``."""
 
         model_config = ConfigDict(extra="allow", frozen=True)
         __pydantic_extra__: dict[str, Value]
-
-    def __init__(self, config: Config, run: RunConfig) -> None:
-        super().__init__(config, run)
-        self._args: Namespace | None = None
 
     @property
     def table(self) -> dict[str, Any]:
@@ -72,7 +65,8 @@ class Megatron(Plugin):
         from . import arguments, device, hf
 
         device.install()
-        from . import build, model, weights
+        build, model = (device.import_megatron(f"{__name__}.{part}") for part in ("build", "model"))
+        from .weights import load_weights
 
         folder = Path(role.path) if role.path else self.run.model.path
         architecture = hf.architecture(hf.read(folder))
@@ -82,11 +76,12 @@ class Megatron(Plugin):
         with device.running():
             build.initialize(args)
             module = build.module(args, architecture)
-            weights.load_weights(module, folder)
+            load_weights(module, folder)
             if not role.trained:
                 module.requires_grad_(False)
             trained = build.trained(args, module) if role.trained else None
-            return model.MegatronModel(name, args, folder, module, trained)
+            built: Model = model.MegatronModel(name, args, folder, module, trained)
+            return built
 
     @hookimpl
     def miles_forward(self, role: str, module: nn.Module, batch: Batch) -> Output:

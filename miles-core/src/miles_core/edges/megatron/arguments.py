@@ -14,7 +14,6 @@ import subprocess
 import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ...config import RunConfig, suggest
@@ -163,7 +162,7 @@ def complaints(table: dict[str, Value], run: RunConfig, gpu: bool, validate: boo
 
 def check(table: dict[str, Value], run: RunConfig) -> list[Complaint]:
     """Every complaint about ``[megatron]`` and the model's shape, without importing torch or Megatron here."""
-    found = limits.refused(table)
+    found = limits.refused(table) + limits.schedule(run)
     try:
         found += limits.sizes(table, hf.architecture(hf.read(run.model.path)), run.placement.trainers)
         readable = True

@@ -25,7 +25,7 @@ from .rotary import rotate
 
 
 @dataclass
-class Row(PackedSeqParams):
+class Row(PackedSeqParams):  # type: ignore[misc]  # Megatron is untyped
     """Where the sequences of a packed row are, worked out once per micro-batch and shared by every layer."""
 
     positions: Tensor | None = None  # [T] int64: place of each token within its sequence
@@ -72,7 +72,7 @@ def row(starts: Sequence[int], device: torch.device) -> Row:
     )
 
 
-class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron is untyped
+class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention within each sequence of a row, by ``torch.nn.functional.scaled_dot_product_attention``."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_options: Any) -> None:
@@ -89,20 +89,25 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron is unty
         packed_seq_params: Row,
         **_options: Any,
     ) -> Tensor:
-        """``query`` [T, 1, heads, width], ``key`` and ``value`` [T, 1, groups, width], all of this tensor-parallel rank.
+        """``query`` [T, 1, heads, width], ``key`` and ``value`` [T, 1, groups, width] of this tensor-parallel rank.
 
         Returns [T, 1, heads * width].
         """
         row = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        q, k = (rotate(x, row.cos, row.sin) for x in (q, k))
+        q, k = (rotate(x, row.cos, row.sin) for x in (q, k))  # type: ignore[arg-type]
         if row.padded is not None:
             q, k, v = (x.index_select(0, row.padded) for x in (q, k, v))
         blocks, place = [], 0
         for rows, width in row.blocks:
             stop = place + rows * width
+            block_q, block_k, block_v = (
+                x[place:stop].view(rows, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+            )
             out = torch.nn.functional.scaled_dot_product_attention(
-                *(x[place:stop].unflatten(0, (rows, width)).transpose(1, 2) for x in (q, k, v)),
+                block_q,
+                block_k,
+                block_v,
                 is_causal=True,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],

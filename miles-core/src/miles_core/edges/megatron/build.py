@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,20 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
     config.variable_seq_lengths = True  # rows differ in length; pipeline stages tell each other
     config.use_te_activation_func = True  # the layer's own activation, below, is a module that takes both halves
     config.finalize_model_grads_func = _leave_gradients
-    gpt = GPTModel(
+    with warnings.catch_warnings(action="ignore"):  # advice for GPUs
+        gpt = _gpt(args, model, config)
+    where = torch.device("cuda", torch.cuda.current_device()) if device.has_gpu() else torch.device("cpu")
+    gpt.rotary = Rotary(config.kv_channels, model, where)
+    for parameter in gpt.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    gpt.to(where)
+    whole: torch.nn.Module = Float16Module(config, gpt) if args.bf16 else gpt
+    return whole
+
+
+def _gpt(args: Namespace, model: Architecture, config: TransformerConfig) -> GPTModel:
+    """This pipeline stage of the model."""
+    return GPTModel(
         config=config,
         transformer_layer_spec=_layers(config),
         vocab_size=model.vocab_size,
@@ -85,12 +99,6 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type="none",  # attention rotates by itself, at packed positions
     )
-    where = torch.device("cuda", torch.cuda.current_device()) if device.has_gpu() else torch.device("cpu")
-    gpt.rotary = Rotary(config.kv_channels, model, where)
-    for parameter in gpt.parameters():
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    gpt.to(where)
-    return Float16Module(config, gpt) if args.bf16 else gpt
 
 
 def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:

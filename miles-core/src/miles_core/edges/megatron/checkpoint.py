@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import queue
 import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -22,7 +28,17 @@ from .build import Trained
 
 # The optimizer's shards are written as they lie in its buffers: nothing is gathered, on writing or reading.
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
-_QUIET = ("megatron.core.dist_checkpointing.strategies.torch", "megatron.core.dist_checkpointing.serialization")
+# What reading a cut or damaged file raises, here and in torch.distributed.checkpoint.
+_UNREADABLE = (
+    CheckpointException,
+    CheckpointingException,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 class CheckpointError(RuntimeError):
@@ -32,27 +48,40 @@ class CheckpointError(RuntimeError):
 @torch.no_grad()
 def save(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None:
     """Write one role into ``folder``, made if need be. A collective. Raises OSError where it cannot be written."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    _prepare_library()
+    _make(folder)
     state = _sharded(module, trained, is_loading=False) | {"layout": _layout()}
     if trained is not None:
         state["scheduler"] = trained.scheduler.state_dict()
     try:
-        dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
+        with _library():
+            dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
     except (CheckpointException, CheckpointingException) as error:
-        raise OSError(f"{folder}: the checkpoint could not be written: {' '.join(str(error).split())}") from error
+        failures = [str(what).strip().splitlines()[-1] for what, _ in getattr(error, "failures", {}).values()]
+        said = failures[0] if failures else "another rank says why"
+        raise OSError(f"{folder}: the checkpoint could not be written: {said}") from error
+
+
+def _make(folder: Path) -> None:
+    """Make the folder; one rank's failure is every rank's."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    mine = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        mine = f"{folder} cannot be made: {error.strerror}"
+    dist.all_gather_object(said, mine)
+    if failed := [what for what in said if what]:
+        raise OSError(failed[0])
 
 
 @torch.no_grad()  # in float32 the optimizer's own parameters are views of leaves, copied into in place
 def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None:
     """Restore what ``save`` wrote. A collective. Raises CheckpointError when it is not a checkpoint of these ranks."""
-    _prepare_library()
     try:
-        written = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {' '.join(str(error).split())}") from error
+        with _library():
+            written = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
+    except _UNREADABLE as error:
+        raise CheckpointError(_broken(folder, error)) from error
     if written != _layout():
         raise CheckpointError(
             f"{folder} was written by {_described(written)}, this run has {_described(_layout())}; "
@@ -60,12 +89,16 @@ def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None
         )
     if trained is not None:
         _with_state(trained)
-    state = dist_checkpointing.load(
-        _sharded(module, trained, is_loading=True), str(folder), validate_access_integrity=False
-    )
+    try:
+        with _library():
+            wanted = _sharded(module, trained, is_loading=True)
+            state = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    except _UNREADABLE as error:
+        raise CheckpointError(_broken(folder, error)) from error
     module.load_state_dict(state["model"])
     if trained is not None:
         trained.optimizer.load_state_dict(state["optimizer"])
+        _separate_step_counts(trained.optimizer)
         trained.scheduler.num_steps = 0  # loading adds the checkpoint's count to it
         trained.scheduler.load_state_dict(state["scheduler"])
     _set_random_states(state["random"])
@@ -73,22 +106,35 @@ def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None
 
 def _with_state(trained: Trained) -> None:
     """Give an optimizer that never stepped the tensors that its checkpoint is read into; torch makes them lazily."""
-    for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
-        if not optimizer.optimizer.state:
+    for optimizer in trained.optimizer.chained_optimizers:
+        if isinstance(optimizer, DistributedOptimizer) and not optimizer.optimizer.state:
             optimizer._init_optimizer_states_with_dummy_values()
 
 
-def _prepare_library() -> None:
-    """Megatron writes in this process, so the results need no manager process, which takes seconds to start."""
+@contextmanager
+def _library() -> Iterator[None]:
+    """Megatron's checkpoint library, without its deprecation warnings.
+
+    It writes in this process, so its results need no manager process, which would take seconds to start.
+    """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    for name in _QUIET:  # a deprecation of the asynchronous writer, which is not used
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def _broken(folder: Path, error: BaseException) -> str:
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return f"{folder} is not a whole checkpoint: {said}; resume from an older one"
 
 
 def _sharded(module: torch.nn.Module, trained: Trained | None, is_loading: bool) -> dict[str, Any]:
     model = module.sharded_state_dict(metadata=_METADATA)  # type: ignore[operator]
-    state = {"model": model, "random": ShardedObject("random", _random_states(), (dist.get_world_size(),), (dist.get_rank(),))}
+    state = {
+        "model": model,
+        "random": ShardedObject("random", _random_states(), (dist.get_world_size(),), (dist.get_rank(),)),
+    }
     if trained is not None:
         state["optimizer"] = trained.optimizer.sharded_state_dict(
             {"model": model}, is_loading=is_loading, metadata=_METADATA
@@ -110,8 +156,16 @@ def _described(layout: dict[str, int] | None) -> str:
     return f"{layout['world']} ranks (tensor {layout['tensor']}, pipeline {layout['pipeline']})"
 
 
+def _separate_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Megatron gives every parameter the same count tensor, which PyTorch's Adam then increments once for each."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
 def _random_states() -> dict[str, Any]:
-    _, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    _, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(np.array(keys).astype(np.int64)), *rest),

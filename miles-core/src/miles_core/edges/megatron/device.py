@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -94,16 +95,20 @@ def has_gpu() -> bool:
 
 
 def import_megatron(module: str) -> Any:
-    """Import a module of Megatron; without a GPU, with nothing in it compiled."""
+    """Import a module of Megatron, or one built on it; without a GPU, with nothing in it compiled."""
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it describes every buffer and group otherwise
-    if has_gpu():
-        return importlib.import_module(module)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime": there is none to find
-    compile_, torch.compile = torch.compile, _identity
+    root, compile_ = logging.getLogger(), torch.compile
+    level, handlers = root.level, root.handlers[:]
+    if not has_gpu():
+        torch.compile = _identity  # type: ignore[assignment]
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime": there is none
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings(action="ignore"):  # that Transformer Engine and Apex are not installed
+            return importlib.import_module(module)
     finally:
         torch.compile = compile_
+        root.setLevel(level)  # importing its training script sets up logging for the whole process
+        root.handlers[:] = handlers
 
 
 def _identity(function: Any = None, **_options: Any) -> Any:
@@ -157,14 +162,18 @@ def _substitute_cuda() -> None:
     }
     for name, function in replace.items():
         setattr(cuda, name, function)
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]
 
 
 def _substitute_random() -> None:
-    for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = lambda device="cuda": torch.random.get_rng_state()
-        module.set_rng_state = lambda state, device="cuda": torch.random.set_rng_state(state)
-        module.manual_seed = lambda seed: torch.random.default_generator.manual_seed(int(seed))
+    replace: dict[str, Callable[..., Any]] = {
+        "get_rng_state": lambda device="cuda": torch.random.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.random.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+    }
+    for name, function in replace.items():
+        setattr(torch.cuda, name, function)
+        setattr(torch.cuda.random, name, function)
     random = import_megatron("megatron.core.tensor_parallel.random")
     if not hasattr(random, "_set_cuda_rng_state"):
         raise DeviceLayerError(_moved("megatron.core.tensor_parallel.random has no _set_cuda_rng_state"))
@@ -186,9 +195,9 @@ def _check_devices() -> None:
         raise DeviceLayerError(_moved("a tensor asked for on 'cuda' is not on the CPU"))
     if x.type() != "torch.cuda.FloatTensor":
         raise DeviceLayerError(_moved(f"a float32 tensor calls itself {x.type()}"))
-    if torch.cuda.current_device() != "cpu":
+    if torch.device(torch.cuda.current_device()) != _CPU:
         raise DeviceLayerError(_moved("torch.cuda.current_device() is not the CPU"))
-    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
 
 

@@ -25,7 +25,7 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # one kernel there, ten operations here
             return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-        normed: Tensor = _RMSNorm.apply(x.float(), self.weight.float(), self.eps)
+        normed: Tensor = _RMSNorm.apply(x.float(), self.weight.float(), self.eps)  # type: ignore[no-untyped-call]
         return normed.to(x.dtype)
 
 
@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        scale: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -55,7 +55,7 @@ class SwiGLU(torch.nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _SwiGLU.apply(x)
+        out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
         return out
 
 

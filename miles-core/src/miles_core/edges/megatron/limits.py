@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...config import RunConfig
 from .hf import Architecture
 
 _CONFIG = "read from config.json in model.path; leave it out"
@@ -112,6 +113,18 @@ def refused(table: dict[str, Any]) -> list[Complaint]:
             found.append((f"megatron.{key}", "context parallelism needs Transformer Engine; leave it at 1"))
         elif key == "transformer_impl" and value != "local":
             found.append((f"megatron.{key}", "the layers are Megatron-LM's local ones; leave it out"))
+    return found
+
+
+def schedule(run: RunConfig) -> list[Complaint]:
+    """A complaint for each part of [optim] that makes no schedule."""
+    found, updates = [], run.steps * run.batch.updates
+    if run.optim.min_lr > run.optim.lr:
+        message = f"{run.optim.min_lr} is above optim.lr = {run.optim.lr}, where the schedule starts; set it lower"
+        found.append(("optim.min_lr", message))
+    if run.optim.warmup > updates:
+        message = f"{run.optim.warmup} updates, but the run makes {updates} (steps x batch.updates); set it lower"
+        found.append(("optim.warmup", message))
     return found
 
 

@@ -36,8 +36,10 @@ def token_logprobs(
     """
     rows = max(1, chunk_elements // weight.shape[0])
     group = group if group is not None and group.size() > 1 else None
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, tokens, temperature, group, rows)
-    return logprobs, entropy
+    both: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, tokens, temperature, group, rows
+    )
+    return both
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -39,7 +39,7 @@ def _scaled(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [T, heads, width] with the pair (i, i + width / 2) of each head rotated by its token's angle i."""
-    rotated: Tensor = _Rotate.apply(x, cos, sin)
+    rotated: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
 

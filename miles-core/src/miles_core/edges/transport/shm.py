@@ -60,13 +60,13 @@ class Segment:
         faults: list[TransportError] = []
         for engine, load in loads:
             try:
-                _compare(engine.name, pieces, load.result())
-            except TransportError as error:
-                faults.append(error)
+                loaded = load.result()
             except Exception as error:
                 faults.append(_failure(engine.name, pieces, error))
-        for fault in faults:
-            raise fault
+            else:
+                faults += _differences(engine.name, pieces, loaded)
+        if faults:
+            raise faults[0]
 
 
 class SharedMemoryTransport:
@@ -165,12 +165,11 @@ def _unlink(memory: SharedMemory) -> None:
         pass  # a tensor over it is still being freed; the mapping goes with the last of them
 
 
-def _compare(engine: str, pieces: list[Piece], loaded: dict[str, int]) -> None:
+def _differences(engine: str, pieces: list[Piece], loaded: dict[str, int]) -> Iterator[TransportError]:
     for piece in pieces:
-        if piece.checksum is not None and loaded.get(piece.name) != piece.checksum:
-            there = loaded.get(piece.name)
+        if piece.checksum is not None and (there := loaded.get(piece.name)) != piece.checksum:
             found = "no checksum" if there is None else f"crc32 {there:08x}"
-            raise TransportError(
+            yield TransportError(
                 f"{piece.name} did not arrive in {engine} as it was sent: {found}, sent {piece.checksum:08x}"
             )
 

@@ -1,0 +1,86 @@
+"""Write what ``run.toml`` needs into ``data/`` beside this file: a tiny Qwen3, its tokenizer, and the prompts.
+
+Nothing is downloaded. The weights are random, so all the model ever knows it learns from the reward. The same seed
+writes the same bytes, and a folder that this very script has written is left as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+DIGITS = 5
+TRAIN, EVAL = 8192, 256  # prompts; no string of digits is in both
+SEED = 0
+HERE = Path(__file__).parent
+
+
+def write_prompts(folder: Path) -> None:
+    """``{"prompt": "40917>", "answer": "71904"}`` a line."""
+    numbers = random.Random(SEED).sample(range(10**DIGITS), TRAIN + EVAL)
+    for name, part in {"train": numbers[:TRAIN], "eval": numbers[TRAIN:]}.items():
+        write_lines(folder / f"{name}.jsonl", (f"{number:0{DIGITS}}" for number in part))
+
+
+def write_lines(path: Path, strings: Iterable[str]) -> None:
+    path.write_text("".join(json.dumps({"prompt": f"{s}>", "answer": s[::-1]}) + "\n" for s in strings))
+
+
+def write_model(folder: Path) -> int:
+    """A Qwen3 with one token a character, in Hugging Face format; returns how many parameters it has."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *"0123456789>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))  # no merges: characters
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+    torch.manual_seed(SEED)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=16,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=64,
+            initializer_range=0.06,  # about 0.7 / sqrt(hidden_size): so small a model learns slowly from the usual 0.02
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    data, digest = HERE / "data", hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if (data / "made-by").is_file() and (data / "made-by").read_text() == digest:
+        print(f"{data} is already there")
+        return
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir()
+    write_prompts(data)
+    parameters = write_model(data / "model")
+    (data / "made-by").write_text(digest)  # last: a folder without it is written again
+    print(f"{data}: a Qwen3 of {parameters / 1e6:.2f}M random parameters, {TRAIN} prompts, {EVAL} held out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Everything CI runs, and nothing CI does not. ``nox -l`` lists it; the Makefile needs nothing installed.
+
+Packages are the folders ``miles-*`` that hold a pyproject.toml: a new one is picked up without a change here. Every
+environment is filled by uv with ``constraints.txt``, from one cache: torch is downloaded once for all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from zipfile import ZipFile
+
+import nox
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"  # `uv pip install` brings an old one up to date in a second
+nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build"]
+
+ROOT = Path(__file__).parent
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("miles-*/pyproject.toml"))
+PLUGINS = [name for name in PACKAGES if name != "miles-core"]
+CONSTRAINTS = ("--constraint", "constraints.txt")
+CORE = "miles-core/src/miles_core"
+BUDGETS = {  # most lines, blank ones and comments too; edges/ and testing/ stand outside
+    "core": (1800, [f"{CORE}/*.py", f"{CORE}/loop/*.py"]),
+    "loop": (1200, [f"{CORE}/loop/*.py"]),
+}
+
+
+def project(package: str) -> dict[str, object]:
+    loaded: dict[str, object] = tomllib.loads((ROOT / package / "pyproject.toml").read_text())["project"]
+    return loaded
+
+
+def requirement(package: str, name: str) -> Requirement:
+    """What ``package`` says it needs of ``name``."""
+    return next(r for r in map(Requirement, project(package)["dependencies"]) if r.name == name)  # type: ignore[call-overload]
+
+
+def oldest(requirement: Requirement) -> str:
+    """The version that a requirement's ``>=`` names."""
+    return next(s.version for s in requirement.specifier if s.operator == ">=")
+
+
+def prepare(session: nox.Session, *what: str, group: str | None = None, silent: bool = True) -> None:
+    """Fill the environment, and make what runs in it use one thread a process and keep its bytecode."""
+    tools = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), group) if group else ()
+    session.install(*CONSTRAINTS, *tools, *what, silent=silent)
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""  # torch and Megatron, compiled anew by each process, are slow to import
+
+
+def editable(*packages: str) -> list[str]:
+    return [arg for package in packages for arg in ("--editable", package)]
+
+
+def tests_of(package: str) -> str:
+    return f"tests/{package.removeprefix('miles-').removeprefix('plugin-')}"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lint everything; type-check every package, core included, strictly."""
+    prepare(session, *editable(*PACKAGES), group="lint")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy", *(f"{package}/src" for package in PACKAGES))
+
+
+@nox.session(python=False)
+def budget(session: nox.Session) -> None:
+    """Core stays small enough to read in an evening."""
+    over = []
+    for what, (limit, patterns) in BUDGETS.items():
+        count = sum(len(f.read_text().splitlines()) for pattern in patterns for f in ROOT.glob(pattern))
+        session.log(f"{what}: {count} of {limit} lines")
+        if count > limit:
+            over.append(f"{what} is {count - limit} lines over its budget of {limit}")
+    if over:
+        session.error("; ".join(over))
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """One package beside this checkout's core, and no other plugin."""
+    prepare(session, *editable(*dict.fromkeys(("miles-core", package))), group="test")
+    session.run("pytest", tests_of(package), "tests/contract", *session.posargs)
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """Every plugin in one environment, as a container ships them."""
+    prepare(session, *editable(*PACKAGES), group="test")
+    session.run("pytest", "tests/together", "tests/contract", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("package", PLUGINS, ids=PLUGINS)
+def floor(session: nox.Session, package: str) -> None:
+    """One plugin beside the oldest core, and the oldest pluggy of that core, that it says it works with."""
+    version = oldest(requirement(package, "miles-core"))
+    if Version(version) == Version(str(project("miles-core")["version"])):
+        core = "./miles-core"  # this checkout is that version, released or not
+    else:
+        core = f"miles-core @ git+{ROOT.as_uri()}@miles-core-v{version}#subdirectory=miles-core"
+    prepare(session, "--reinstall-package=miles-core", core, *editable(package), group="test")
+    session.install(f"pluggy=={oldest(requirement('miles-core', 'pluggy'))}")
+    session.run("pytest", tests_of(package), "tests/contract", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Tests that take more than ten seconds."""
+    marked(session, "slow")
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Tests that kill processes of real runs."""
+    marked(session, "chaos")
+
+
+def marked(session: nox.Session, marker: str) -> None:
+    prepare(session, *editable(*PACKAGES), group="test")
+    session.run("pytest", "-m", marker, *session.posargs, success_codes=[0, 5])  # 5: none bears the marker yet
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def build(session: nox.Session, package: str) -> None:
+    """Sdist, and the wheel made from it; then what an installed wheel holds and answers, far from the checkout."""
+    prepare(session, group="build")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in dict.fromkeys(("miles-core", package)):  # a plugin's wheel needs this checkout's core beside it
+        session.run("uv", "build", name, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
+                    "--build-constraints", "constraints.txt")  # fmt: skip
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    wheels = sorted(map(str, dist.glob("*.whl")))
+    for wheel in wheels:
+        session.log(f"{Path(wheel).name}: {', '.join(sorted(ZipFile(wheel).namelist()))}")
+    fresh = session.create_tmp() + "/installed"
+    session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, fresh)
+    session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *wheels)
+    with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
+        session.run(f"{fresh}/bin/miles", "plugins", external=True)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """From nothing to a trained model: make the example's data, then run it."""
+    session.log("installing torch, Megatron-core, Ray and Miles; the first time downloads about 3 GB")
+    prepare(session, *editable("miles-core", "miles-plugin-grpo"), silent=False)
+    session.run("python", "examples/reverse/make.py")
+    session.run("miles", "run", "examples/reverse/run.toml", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what the tables in benchmarks/ say, on this machine; give a name to run one of them."""
+    prepare(session, *editable(*PACKAGES))
+    for script in sorted(ROOT.glob("benchmarks/*.py")):
+        if not session.posargs or script.stem in session.posargs:
+            session.run("python", str(script.relative_to(ROOT)))
+
+
+@nox.session
+def bench_trl(session: nox.Session) -> None:
+    """Miles against TRL's GRPOTrainer, which gets an environment of its own with the same torch and transformers."""
+    prepare(session, *editable("miles-core", "miles-plugin-grpo"))
+    trl = f"{session.create_tmp()}/trl"
+    session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, trl)
+    session.run("uv", "pip", "install", "--quiet", "--python", trl, *CONSTRAINTS, "trl")
+    session.run("python", "benchmarks/trl/compare.py", "--trl-python", f"{trl}/bin/python", *session.posargs)
