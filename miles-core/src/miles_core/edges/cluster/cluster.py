@@ -30,7 +30,7 @@ class RayCluster:
         self._workers: list[Any] = []
 
     async def start(self, process: Process) -> Any:
-        await asyncio.wrap_future(self._session.ready)
+        await self._session.answer(self._start_timeout)
         from .worker import RayWorker
 
         if self._session.local and (shortage := _shortage(process)):
@@ -50,7 +50,7 @@ class RayCluster:
         return worker
 
     async def share(self, value: Any) -> Any:
-        await asyncio.wrap_future(self._session.ready)
+        await self._session.answer(self._start_timeout)
         return await asyncio.to_thread(_ray().put, value)
 
     async def close(self) -> None:

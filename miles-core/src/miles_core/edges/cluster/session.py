@@ -7,6 +7,7 @@ must live as long as the driver. And ``ray.init`` takes over SIGTERM when it run
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import subprocess
@@ -26,7 +27,7 @@ SYSTEM = {"enable_worker_prestart": False}
 # of the exception, and into the middle of a progress line.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing"}
 LONGEST_TEMP = 24  # characters; Ray appends about 75 to make a Unix socket, and the kernel takes 107
-START_S, END_S = 120.0, 30.0
+END_S = 30.0  # for Ray's processes to go
 
 
 class Session:
@@ -45,6 +46,15 @@ class Session:
         self._over, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._live, name="ray-session", daemon=True).start()
 
+    async def answer(self, timeout: float) -> None:
+        """Wait for Ray. Raises Refused where it did not answer in ``timeout`` seconds, or will not."""
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.wrap_future(self.ready)
+        except TimeoutError:
+            address = self._options["address"]
+            raise Refused(f"ray.address = {address!r}: Ray did not answer within {timeout:g} s") from None
+
     def hold(self, pid: int, since: str | None) -> None:
         """See to it that this process of a local Ray ends with the driver."""
         if self._leash and since:
@@ -53,7 +63,8 @@ class Session:
     def end(self) -> None:
         """Leave Ray, and end it where this run started it; blocks until its processes are gone."""
         self._over.set()
-        self._ended.wait(END_S)
+        if self.local or self.ready.done():  # joining may never come to an end
+            self._ended.wait(END_S)
         atexit.unregister(self.end)
 
     def _live(self) -> None:
@@ -81,9 +92,8 @@ class Session:
         try:
             ray.init(**options)
         except (ConnectionError, ValueError) as error:
-            address = self._options["address"]
-            what = "it did not start" if self.local else "cannot join it; is it running, with this version of Ray?"
-            raise Refused(f"Ray at ray.address = {address!r}: {what}: {error}") from error
+            what = "Ray did not start" if self.local else "no Ray to join; is one running there?"
+            raise Refused(f"ray.address = {self._options['address']!r}: {what} {error}") from error
         self.owned = True
         atexit.register(self.end)  # after Ray registered its own, hence asked before it
         if self._leash:

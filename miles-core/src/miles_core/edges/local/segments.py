@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from _posixshmem import shm_open  # type: ignore[import-not-found]
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,16 +11,14 @@ from ...types import TransportError
 
 
 @contextmanager
-def attached(name: str) -> Iterator[mmap.mmap]:
-    """The bytes of a segment, while the block runs. Raises TransportError when there is none of this name.
-
-    ``multiprocessing.shared_memory`` would register the segment with this process's resource tracker, which unlinks
-    it when this process ends, under the owner's feet. Opening it plainly, as that class does itself, leaves it alone.
-    """
+def attached(path: str) -> Iterator[mmap.mmap]:
+    """The bytes of a segment, while the block runs. Raises TransportError when there is none at ``path``."""
     try:
-        handle = shm_open(f"/{name}", os.O_RDWR, mode=0o600)
+        handle = os.open(path, os.O_RDWR)  # torch wants buffers it could write to; nobody does
     except OSError as error:
-        raise TransportError(f"shared memory {name}: {error.strerror}; is the sender on this machine?") from None
+        raise TransportError(
+            f"shared memory {path}: {error.strerror}; its sender is gone, or is not a process of this machine"
+        ) from None
     try:
         mapped = mmap.mmap(handle, os.fstat(handle).st_size)
     finally:
@@ -32,4 +29,4 @@ def attached(name: str) -> Iterator[mmap.mmap]:
         try:
             mapped.close()
         except BufferError:
-            pass  # a tensor over it is still being freed; the mapping goes with the last of them
+            pass  # an error on its way still holds a tensor over it; the mapping goes with the last of them

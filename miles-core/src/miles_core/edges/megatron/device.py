@@ -190,9 +190,13 @@ def self_check() -> None:
 
 
 def _check_devices() -> None:
-    x = torch.zeros(2, device="cuda")
-    if any(t.device.type != "cpu" for t in (x, x.cuda(), x.to("cuda"), torch.empty(1, device=torch.device("cuda")))):
-        raise DeviceLayerError(_moved("a tensor asked for on 'cuda' is not on the CPU"))
+    try:
+        x = torch.zeros(2, device="cuda")
+        made = (x, x.cuda(), x.to("cuda"), torch.empty(1, device=torch.device("cuda")))
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceLayerError(_moved(f"a tensor asked for on 'cuda' is not made on the CPU: {error}")) from error
+    if any(t.device != _CPU for t in made):
+        raise DeviceLayerError(_moved("a tensor asked for on 'cuda' is not made on the CPU"))
     if x.type() != "torch.cuda.FloatTensor":
         raise DeviceLayerError(_moved(f"a float32 tensor calls itself {x.type()}"))
     if torch.device(torch.cuda.current_device()) != _CPU:

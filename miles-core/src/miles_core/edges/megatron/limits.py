@@ -65,7 +65,7 @@ SET_ELSEWHERE |= dict.fromkeys(
 )
 # Families of arguments of Megatron-LM's own training script, which is not what runs here.
 UNUSED_PREFIXES = (
-    "tokenizer_ data_ train_data valid_data test_data rl_ grpo_ inference_ wandb_ tensorboard_ log_ eval_ retro_ "
+    "tokenizer_ data_ train_data valid_data test_data rl_ inference_ wandb_ tensorboard_ log_ eval_ retro_ "
     "bert_ vision_ dino_ one_logger_ exit_ non_persistent_ profile_ iter_per_epoch num_workers mock_data split"
 ).split()
 # Arguments that Miles cannot honour, when set to anything that turns them on.

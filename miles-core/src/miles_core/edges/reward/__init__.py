@@ -8,21 +8,20 @@ stops the run, unless its table says ``on_error = "fail"``: ``failure_value`` ta
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ...config import suggest
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
 from ...types import Refused
-from .kinds import KINDS, Scorer
+from .kinds import Base, Http, Scorer
 
 if TYPE_CHECKING:
     from ...types import Complain, Group
-    from .pool import Outcome, Pool
+    from .http import Remote
+    from .kinds import Outcome
+    from .pool import Pool
 
 
 class RewardError(Refused):
@@ -31,31 +30,29 @@ class RewardError(Refused):
 
 class Reward(Plugin):
     class Config(Plugin.Config):
-        """Tables of scorers, each under the name it is reported by; ``workers`` is how many processes score."""
+        """Tables of scorers, each under the name it is reported by; ``workers`` is how many processes score at most."""
 
         model_config = ConfigDict(extra="allow", frozen=True)
         __pydantic_extra__: dict[str, Scorer]
 
-        workers: int = Field(1, gt=0)
+        workers: int = Field(4, gt=0)  # of one rollout worker; the second starts only when the first is not enough
 
         @model_validator(mode="before")
         @classmethod
         def _kind_is_the_name(cls, tables: Any) -> Any:
             if not isinstance(tables, dict):
                 return tables
-            named = {k: {"kind": k} | t if isinstance(t, dict) else t for k, t in tables.items()}
-            for name, table in named.items():
-                if isinstance(table, dict) and table["kind"] not in KINDS:
-                    hint = suggest(str(table["kind"]), KINDS) or f"; there are {', '.join(KINDS)}"
-                    raise ValueError(f"{name}: no such kind of reward: {table['kind']!r}{hint}")
-            return named
+            return {
+                name: {"kind": name} | table if isinstance(table, dict) else table for name, table in tables.items()
+            }
 
         @property
-        def scorers(self) -> dict[str, Scorer]:
+        def scorers(self) -> dict[str, Base]:
             return dict(self.model_extra or {})
 
     config: Config
     _pool: Pool | None = None
+    _remotes: dict[str, Remote] | None = None
 
     @hookimpl
     def miles_check(self, complain: Complain) -> None:
@@ -65,45 +62,51 @@ class Reward(Plugin):
 
     @hookimpl
     def miles_rollout_start(self) -> None:
-        """Processes that score start now: what they import must not count against a sample's budget."""
-        from .pool import Pool
-
-        local: dict[str, Scorer] = {n: s for n, s in self.config.scorers.items() if s.kind != "http"}
+        """A process that scores starts now: what it imports must not count against a sample's budget."""
+        local = {name: scorer for name, scorer in self.config.scorers.items() if not isinstance(scorer, Http)}
         if local:
+            from .pool import Pool
+
             self._pool = Pool(local, self.config.workers, self.run.rollout.max_tokens)
 
     @hookimpl
     async def miles_reward(self, group: Group, evaluating: bool) -> dict[str, list[float]]:
+        """Raises RewardError, naming reward and sample."""
         scorers = self.config.scorers
-        outcomes = await asyncio.gather(*(self._score(name, scorer, group) for name, scorer in scorers.items()))
+        asked = [asyncio.ensure_future(self._score(name, scorer, group)) for name, scorer in scorers.items()]
+        try:
+            outcomes = await asyncio.gather(*asked)
+        finally:
+            for task in asked:
+                task.cancel()
         raw = {name: self._values(name, found, group) for name, found in zip(scorers, outcomes, strict=True)}
         for i, sample in enumerate(group.samples):
             sample.info["raw_rewards"] = {name: values[i] for name, values in raw.items()}
         return {name: [scorers[name].weight * value for value in values] for name, values in raw.items()}
 
-    async def _score(self, name: str, scorer: Scorer, group: Group) -> list[Outcome]:
-        if scorer.kind == "http":
-            from .http import ask
+    async def _score(self, name: str, scorer: Base, group: Group) -> list[Outcome]:
+        if isinstance(scorer, Http):
+            from .http import Remote
 
-            return await ask(scorer, group.samples)
+            self._remotes = self._remotes or {}
+            if name not in self._remotes:  # not sooner: it belongs to the event loop that uses it
+                self._remotes[name] = Remote(scorer)
+            return await self._remotes[name].score(group.samples)
         if self._pool is None:
             self.miles_rollout_start()
         assert self._pool is not None
-        return await self._pool.score(name, scorer, group.samples)
+        return await self._pool.score(name, scorer, group)
 
     def _values(self, name: str, outcomes: list[Outcome], group: Group) -> list[float]:
         scorer, values = self.config.scorers[name], []
-        if len(outcomes) != len(group.samples):
-            raise RewardError(f"reward {name}, group {group.id}: {len(outcomes)} values, {len(group.samples)} samples")
         for (value, error), sample in zip(outcomes, group.samples, strict=True):
-            if error is None and (isinstance(value, bool | int | float) and math.isfinite(value)):
-                values.append(float(value))
-                continue
-            why = error or f"gave {value!r}, which is not a finite number"
-            if scorer.on_error == "stop":
-                raise RewardError(f'reward {name}, sample {sample.id}: {why}; on_error = "fail" would count it instead')
-            sample.info.setdefault("failed_rewards", {})[name] = why
-            values.append(scorer.failure_value)
+            if value is None:
+                if scorer.on_error == "stop":
+                    hint = f'; reward.{name}.on_error = "fail" would count it and go on'
+                    raise RewardError(f"reward {name}, sample {sample.id}: {error}{hint}")
+                sample.info.setdefault("failed_rewards", {})[name] = error
+                value = scorer.failure_value
+            values.append(value)
         return values
 
     @hookimpl
@@ -111,12 +114,7 @@ class Reward(Plugin):
         samples = [sample for group in groups for sample in group.samples]
         prefix = "eval" if evaluating else "reward"
         return {
-            f"{prefix}/failed/{name}": _share(name in sample.info.get("failed_rewards", ()) for sample in samples)
+            f"{prefix}/failed/{name}": sum(name in s.info.get("failed_rewards", ()) for s in samples) / len(samples)
             for name, scorer in self.config.scorers.items()
             if scorer.on_error == "fail"
         }
-
-
-def _share(flags: Iterable[bool]) -> float:
-    listed = list(flags)
-    return sum(listed) / len(listed)

@@ -3,54 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING
 
 import httpx
 
-from .kinds import Http
+from .kinds import Http, Outcome, outcome
 
 if TYPE_CHECKING:
     from ...types import Sample
-    from .pool import Outcome
 
 FIRST_WAIT_S = 0.1
 
 
-async def ask(scorer: Http, samples: list[Sample]) -> list[Outcome]:
-    """One outcome a sample, in order."""
-    gate = asyncio.Semaphore(scorer.concurrency)
-    async with httpx.AsyncClient(timeout=scorer.budget_s) as client:
+class Remote:
+    """One remote scorer, its connections kept open between groups. Use it in one event loop."""
 
-        async def one(sample: Sample) -> Outcome:
-            async with gate:
-                try:
-                    async with asyncio.timeout(scorer.budget_s):
-                        return await _post(client, scorer, sample)
-                except TimeoutError:
-                    return None, f"{scorer.url} did not answer within its budget of {scorer.budget_s:g} s"
+    def __init__(self, scorer: Http) -> None:
+        self._scorer, self._gate = scorer, asyncio.Semaphore(scorer.concurrency)
+        self._client = httpx.AsyncClient(timeout=scorer.timeout_s)
 
-        return list(await asyncio.gather(*map(one, samples)))
+    async def score(self, samples: list[Sample]) -> list[Outcome]:
+        """One outcome a sample, in order."""
+        return list(await asyncio.gather(*map(self._one, samples)))
 
+    async def close(self) -> None:
+        await self._client.aclose()
 
-async def _post(client: httpx.AsyncClient, scorer: Http, sample: Sample) -> Outcome:
-    body: dict[str, Any] = {"prompt": sample.prompt, "response": sample.response, "info": sample.info}
-    body["answer"] = sample.info.get(scorer.answer)
-    problem = ""
-    for attempt in range(scorer.retries + 1):
-        if attempt:
-            await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-        try:
-            response = await client.post(scorer.url, json=body)
-        except httpx.TransportError as error:
-            problem = f"{type(error).__name__}: {error}".removesuffix(": ")
-            continue
-        if response.status_code == 429 or response.status_code >= 500:
-            problem = f"status {response.status_code}"
-            continue
-        if response.status_code != 200:
-            return None, f"{scorer.url} answered status {response.status_code}: {response.text[:200]}"
-        try:
-            return response.json()["reward"], None
-        except (ValueError, KeyError, TypeError):
-            return None, f'{scorer.url} answered {response.text[:200]!r}, not {{"reward": number}}'
-    return None, f"{scorer.url} failed {scorer.retries + 1} times, at last with {problem}"
+    async def _one(self, sample: Sample) -> Outcome:
+        async with self._gate:  # the budget counts from here, not from when its turn was waited for
+            try:
+                async with asyncio.timeout(self._scorer.budget_s):
+                    return await self._ask(sample)
+            except TimeoutError:
+                return None, f"{self._scorer.url} did not answer within its budget of {self._scorer.budget_s:g} s"
+
+    async def _ask(self, sample: Sample) -> Outcome:
+        url = self._scorer.url
+        body = {"prompt": sample.prompt, "response": sample.response, "info": sample.info}
+        body["answer"] = sample.info.get(self._scorer.answer)
+        content = json.dumps(body, default=str)  # a row of parquet may hold dates
+        problem = ""
+        for attempt in range(self._scorer.retries + 1):
+            if attempt:
+                await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+            try:
+                reply = await self._client.post(url, content=content, headers={"content-type": "application/json"})
+            except httpx.TimeoutException:
+                problem = f"no answer within timeout_s = {self._scorer.timeout_s:g}"
+                continue
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            except httpx.HTTPError as error:
+                return None, f"{url}: {type(error).__name__}: {error}"
+            if reply.status_code == 429 or reply.status_code >= 500:
+                problem = f"status {reply.status_code}"
+                continue
+            if reply.status_code != 200:
+                return None, f"{url} answered status {reply.status_code}: {reply.text[:200]}"
+            try:
+                return outcome(reply.json()["reward"])
+            except (ValueError, KeyError, TypeError):
+                return None, f'{url} answered {reply.text[:200]!r}, not {{"reward": number}}'
+        return None, f"{url} failed {self._scorer.retries + 1} times, at last with {problem}"

@@ -3,48 +3,72 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from functools import cache, lru_cache
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ...config import Location, Table
+from ...config import Location, Table, suggest
 from ...types import Sample
 
 Fault = tuple[str, str]  # key, what is wrong with it
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+Outcome = tuple[float | None, str | None]  # the value, or why there is none
+
+# A sign belongs to a number only where it cannot be a minus between two: "10-7" ends in 7. "1,234" is one number.
+NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,4}(?!\d))?"
+)
+
+
+def outcome(value: Any) -> Outcome:
+    """``value`` as what a scorer may give: a finite number."""
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value), None
+    return None, f"gave {value!r}, which is not a finite number"
 
 
 class Base(Table):
     weight: float = 1.0
     budget_s: float = Field(10.0, gt=0)  # of wall time, for one sample
-    on_error: Literal["stop", "fail"] = "stop"
-    failure_value: float = 0.0
+    on_error: Literal["stop", "fail"] = "stop"  # end the run, or count a named failure and go on
+    failure_value: float = 0.0  # unweighted
     answer: str = "answer"  # the column that holds what is right
+
+    reads: ClassVar[tuple[str, ...]] = ("response",)  # of a sample, beside its answer
 
     def fault(self) -> Fault | None:
         """What a check can find without running anything."""
         return None
 
+    def view(self, sample: Sample) -> Sample:
+        """What of ``sample`` has to cross to another process: token lists are long, and most kinds read none."""
+        info = {self.answer: sample.info[self.answer]} if self.answer in sample.info else {}
+        return Sample(id=sample.id, info=info, **{name: getattr(sample, name) for name in self.reads})
+
     def label(self, sample: Sample) -> str:
+        """Raises LookupError when the row has none."""
         if self.answer not in sample.info:
-            raise KeyError(f"the row has no column {self.answer!r}")
+            raise LookupError(f"the row has no column {self.answer!r}; name the one that holds the answer")
         return str(sample.info[self.answer])
 
 
 class ExactMatch(Base):
     """1 where the response is the answer, else 0."""
 
-    kind: Literal["exact_match"]
+    kind: Literal["exact_match"] = "exact_match"
     strip: bool = True  # ignore white space around both
-    casefold: bool = False
+    casefold: bool = False  # ignore case
 
     def __call__(self, sample: Sample) -> float:
-        pair = [self._plain(sample.response), self._plain(self.label(sample))]
-        return float(pair[0] == pair[1])
+        return float(self._plain(sample.response) == self._plain(self.label(sample)))
 
     def _plain(self, text: str) -> str:
         text = text.strip() if self.strip else text
@@ -54,7 +78,7 @@ class ExactMatch(Base):
 class Positions(Base):
     """The share of positions that hold the answer's character: a reward for the first steps of learning."""
 
-    kind: Literal["positions"]
+    kind: Literal["positions"] = "positions"
 
     def __call__(self, sample: Sample) -> float:
         said, right = sample.response, self.label(sample)
@@ -62,39 +86,59 @@ class Positions(Base):
 
 
 class Numeric(Base):
-    """1 where the last number in the response is the answer, to within ``tolerance``, else 0."""
+    """1 where the last number in the response is that in the answer, to within ``tolerance``, else 0."""
 
-    kind: Literal["numeric"]
-    tolerance: float = Field(0.0, ge=0)
+    kind: Literal["numeric"] = "numeric"
+    tolerance: float = Field(0.0, ge=0)  # absolute
 
     def __call__(self, sample: Sample) -> float:
-        right = float(self.label(sample).replace(",", ""))
-        found = NUMBER.findall(sample.response)
-        return float(bool(found) and abs(float(found[-1].replace(",", "")) - right) <= self.tolerance)
+        right, said = last_number(self.label(sample)), last_number(sample.response)
+        if right is None:
+            raise ValueError(f"the answer {self.label(sample)!r} holds no number")
+        # Decimals are equal only where every digit is: a float would call neighbours above 2**53 the same.
+        near = said is not None and math.isclose(said, right, rel_tol=0, abs_tol=self.tolerance)
+        return float(said == right or (self.tolerance > 0 and near))
+
+
+def last_number(text: str) -> Decimal | None:
+    found = NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 class Math(Base):
     """1 where math-verify finds response and answer mathematically equal, else 0."""
 
-    kind: Literal["math"]
+    kind: Literal["math"] = "math"
 
     def __call__(self, sample: Sample) -> float:
-        from math_verify import parse, verify
+        import math_verify
 
+        right = parsed_answer(self.label(sample))
+        if not right:
+            raise ValueError(f"math-verify reads no expression in the answer {self.label(sample)!r}")
         # Its own time limits use the same alarm as ours, and have to be off.
-        said = parse(sample.response, parsing_timeout=None)
-        return float(verify(parse(self.label(sample), parsing_timeout=None), said, timeout_seconds=None))
+        said = math_verify.parse(sample.response, parsing_timeout=None)
+        return float(math_verify.verify(right, said, timeout_seconds=None))
 
     def fault(self) -> Fault | None:
         return None if find_spec("math_verify") else ("kind", "needs the package math-verify; pip install math-verify")
 
 
+@lru_cache(1024)  # every attempt at a prompt has the same answer
+def parsed_answer(text: str) -> Any:
+    """What math-verify makes of an answer. It looks for mathematics between dollars only, so a bare formula gets some."""
+    import math_verify
+
+    marked = "$" in text or "\\boxed" in text or "\\(" in text or "\\[" in text
+    return math_verify.parse(text if marked else f"${text}$", parsing_timeout=None)
+
+
 class Regex(Base):
     """1 where the pattern is found in the response, or matches all of it, else 0."""
 
-    kind: Literal["regex"]
+    kind: Literal["regex"] = "regex"
     pattern: str
-    full: bool = False
+    full: bool = False  # match the whole response
 
     def __call__(self, sample: Sample) -> float:
         find = re.fullmatch if self.full else re.search
@@ -114,8 +158,10 @@ class LengthPenalty(Base):
     With L the tokens of the response, M = rollout.max_tokens, B = buffer: 0 while L <= M - B, then (M - B - L) / B.
     """
 
-    kind: Literal["length_penalty"]
-    buffer: int = Field(gt=0)
+    kind: Literal["length_penalty"] = "length_penalty"
+    buffer: int = Field(gt=0)  # tokens
+
+    reads: ClassVar[tuple[str, ...]] = ("mask",)
 
     def worth(self, length: int, most: int) -> float:
         return max(min((most - self.buffer - length) / self.buffer, 0.0), -1.0)
@@ -124,10 +170,12 @@ class LengthPenalty(Base):
 class Http(Base):
     """What a remote scorer says: POST {"prompt", "response", "answer", "info"}, answered by {"reward": number}."""
 
-    kind: Literal["http"]
+    kind: Literal["http"] = "http"
     url: str
-    retries: int = Field(3, ge=0)  # after a failed connection, a 429 or a 5xx; each waits twice as long
-    concurrency: int = Field(32, gt=0)
+    budget_s: float = Field(60.0, gt=0)  # for one sample, waits between attempts included
+    timeout_s: float = Field(10.0, gt=0)  # of one attempt
+    retries: int = Field(3, ge=0)  # after a failed connection, a timeout, a 429 or a 5xx; each waits twice as long
+    concurrency: int = Field(32, gt=0)  # requests at once, from one process
 
     def fault(self) -> Fault | None:
         return None if re.match(r"https?://[^/]", self.url) else ("url", f"{self.url!r} is no http address")
@@ -139,7 +187,7 @@ class Function(Base):
     The file must be readable where rollout workers run.
     """
 
-    kind: Literal["python"]
+    kind: Literal["python"] = "python"
     path: Location  # "./file.py:function"
 
     @property
@@ -147,29 +195,64 @@ class Function(Base):
         file, _, name = str(self.path).rpartition(":")
         return Path(file), name
 
+    def view(self, sample: Sample) -> Sample:
+        return sample
+
     def fault(self) -> Fault | None:
         file, name = self.file_and_name
         if not name.isidentifier() or file.suffix != ".py":
             return "path", f'{self.path} does not name a function; write "./file.py:function"'
         try:
-            tree = ast.parse(file.read_text())
+            tree = ast.parse(file.read_bytes())
         except OSError as error:
             return "path", f"{file}: {error.strerror}"
         except SyntaxError as error:
             return "path", f"{file}:{error.lineno}: {error.msg}"
-        if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body):
-            return "path", f"{file} defines no function {name!r}"
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if name not in functions:
+            return "path", f"{file} defines no function {name!r} with def{suggest(name, functions)}"
+        given = functions[name].args
+        if [arg.arg for arg in (*given.posonlyargs, *given.args)][:1] not in (["sample"], ["group"]):
+            return "path", f"{file}:{functions[name].lineno}: {name} must take an argument named sample, or group"
         return None
 
     def load(self) -> Callable[..., Any]:
         file, name = self.file_and_name
         scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
-        exec(compile(file.read_text(), str(file), "exec"), scope)
+        exec(compile(file.read_bytes(), str(file), "exec"), scope)
         function: Callable[..., Any] = scope[name]
         return function
 
 
-Scorer = Annotated[
-    ExactMatch | Positions | Numeric | Math | Regex | LengthPenalty | Http | Function, Field(discriminator="kind")
-]
-KINDS = ("exact_match", "positions", "numeric", "math", "regex", "length_penalty", "http", "python")
+@cache
+def kinds() -> dict[str, type[Base]]:
+    classes = (ExactMatch, Positions, Numeric, Math, Regex, LengthPenalty, Http, Function)
+    return {cls.model_fields["kind"].default: cls for cls in classes}
+
+
+def read(table: Any) -> Base:
+    """A ``[reward.NAME]`` table as the kind it names, complaining of the keys as they were written."""
+    if isinstance(table, Base):
+        return table
+    if not isinstance(table, dict):
+        raise ValueError("must be a table, such as [reward.exact_match]")
+    kind = table.get("kind")
+    if kind not in kinds():
+        what = f"no such kind of reward{suggest(str(kind), kinds()) or '; there are ' + ', '.join(kinds())}"
+        raise _wrong({"kind": what}, {"kind": kind})
+    cls = kinds()[kind]
+    hints = {key: f"no such key for {kind}{suggest(key, cls.model_fields)}" for key in table.keys() - cls.model_fields}
+    if hints:
+        raise _wrong(hints, table)
+    return cls.model_validate(table)
+
+
+def _wrong(what: dict[str, str], table: dict[str, Any]) -> ValidationError:
+    errors = [
+        InitErrorDetails(type=PydanticCustomError("reward", "{what}", {"what": text}), loc=(key,), input=table[key])
+        for key, text in what.items()
+    ]
+    return ValidationError.from_exception_data("reward", errors)
+
+
+Scorer = Annotated[SerializeAsAny[Base], BeforeValidator(read)]

@@ -4,100 +4,163 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import struct
+import signal
+import socket
 import subprocess
 import sys
 from typing import Any
 
-from ...types import Sample
-from .child import Outcome
-from .kinds import Scorer
+from ...types import Group
+from .child import HEAD, frame
+from .kinds import Base, Outcome
 
-GRACE_S = 2.0  # beyond the budgets, before a process is taken to hang where no signal reaches it
-START_S = 60.0
+PATIENCE_S = 0.1  # that a group waits for a free process before one more is started
+GRACE_S = 1.0  # beyond a sample's budget, before its process is taken to hang where no signal reaches it
+START_S = 120.0  # for a process to start and to import what its scorers need
 
 __all__ = ["Outcome", "Pool"]
 
 
 class Pool:
-    def __init__(self, scorers: dict[str, Scorer], workers: int, max_tokens: int) -> None:
-        self._setup = (scorers, max_tokens)
-        self._children = [_Child(self._setup) for _ in range(workers)]
-        self._idle: asyncio.Queue[_Child] | None = None  # made in the loop that uses it
+    """At most ``workers`` processes. The first starts at once, the others when groups have to wait.
 
-    async def score(self, name: str, scorer: Scorer, samples: list[Sample]) -> list[Outcome]:
-        """One outcome a sample, in order: (value, None), or (None, why there is none)."""
-        if self._idle is None:
-            self._idle = asyncio.Queue()
-            for child in self._children:
+    Use it in one event loop. Its processes end with the thread that they were started from.
+    """
+
+    def __init__(self, scorers: dict[str, Base], workers: int, max_tokens: int) -> None:
+        self._setup, self._most = (scorers, max_tokens), workers
+        self._idle: asyncio.Queue[_Child] = asyncio.Queue()
+        self._children: set[_Child] = set()
+        self._idle.put_nowait(self._start())
+
+    async def score(self, name: str, scorer: Base, group: Group) -> list[Outcome]:
+        """One outcome a sample, in order: (value, None), or (None, why there is none).
+
+        Where ``scorer`` stops the run on an error, samples after the first one at fault are not scored.
+        """
+        outcomes: list[Outcome] = []
+        left = group.samples
+        while left:
+            child = await self._take()
+            try:
+                ask = name, Group(group.id, [scorer.view(sample) for sample in left])
+                found, fault = await child.ask(frame(ask), name, len(left), scorer.budget_s)
+            except BaseException:  # cancelled: the next group must not get this one's outcomes
+                self._end(child)
+                raise
+            outcomes += found
+            if fault is None:
                 self._idle.put_nowait(child)
-        child = await self._idle.get()
-        try:
-            answer = await child.ask((name, samples), scorer.budget_s * len(samples) + GRACE_S)
-            if not isinstance(answer, str):
-                return answer
-            if len(samples) == 1:
-                return [(None, answer)]
-            alone: list[Outcome] = []
-            for sample in samples:  # which one was it?
-                one = await child.ask((name, [sample]), scorer.budget_s + GRACE_S)
-                alone += [(None, one)] if isinstance(one, str) else one
-            return alone
-        finally:
-            self._idle.put_nowait(child)
+                return outcomes
+            lost = len(left) - len(found) if scorer.on_error == "stop" or child.whole.get(name) else 1
+            outcomes += [(None, fault)] * lost
+            left = left[len(found) + lost :]
+            self._end(child)
+        return outcomes
+
+    def close(self) -> None:
+        """End every process."""
+        for child in list(self._children):
+            self._end(child)
+
+    async def _take(self) -> _Child:
+        while True:
+            try:
+                patience = None if len(self._children) >= self._most else PATIENCE_S if self._children else 0
+                child = await asyncio.wait_for(self._idle.get(), patience)
+            except TimeoutError:
+                if len(self._children) >= self._most:  # somebody else who waited was quicker
+                    continue
+                return self._start()
+            if child.alive:
+                return child
+            self._end(child)  # it died while nobody asked it anything
+
+    def _start(self) -> _Child:
+        child = _Child(self._setup)
+        self._children.add(child)
+        return child
+
+    def _end(self, child: _Child) -> None:
+        self._children.discard(child)
+        child.end()
 
 
-class _Child:
-    """One process, started again when it is needed after it was ended."""
+class _Child(asyncio.Protocol):
+    """One process and the socket to it."""
 
     def __init__(self, setup: Any) -> None:
-        self._setup, self._process = setup, _start(setup)
-        self._ready = False
+        self.whole: dict[str, bool] = {}  # of each scorer that loaded: takes a group at once
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", f"{__package__}.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._socket.sendall(frame(setup))
+        self._socket.setblocking(False)
+        self._transport: asyncio.Transport | None = None
+        self._buffer, self._frames, self._lost = bytearray(), list[Any](), False
+        self._news = asyncio.Event()
 
-    async def ask(self, request: Any, seconds: float) -> list[Outcome] | str:
-        """The answer; or in words why there is none, and the process is another one from then on."""
-        try:
-            if not self._ready:
-                await asyncio.wait_for(asyncio.to_thread(self._receive), START_S)
-                self._ready = True
-            answer: list[Outcome] = await asyncio.wait_for(asyncio.to_thread(self._exchange, request), seconds)
-            return answer
-        except TimeoutError:
-            self._restart()
-            return f"ran over its budget, where nothing but ending its process helped, after {seconds - GRACE_S:g} s"
-        except (EOFError, OSError):
-            status = self._process.wait()
-            self._restart()
-            return f"ended its process with status {status}"
-        except BaseException:  # cancelled between question and answer: the next one must not get this answer
-            self._restart()
-            raise
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
-    def _exchange(self, request: Any) -> Any:
-        data = pickle.dumps(request, protocol=5)
-        assert self._process.stdin
-        self._process.stdin.write(struct.pack("<Q", len(data)) + data)
-        self._process.stdin.flush()
-        return self._receive()
+    async def ask(self, request: bytes, name: str, count: int, budget: float) -> tuple[list[Outcome], str | None]:
+        """The outcomes of the first samples, and why there are fewer than ``count``, or None."""
+        if self._transport is None:
+            loop = asyncio.get_running_loop()
+            self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._socket)
+            if fault := await self._receive(1, START_S):
+                return [], f"its process did not start: {fault}"
+            self.whole = self._frames.pop()
+        self._transport.write(request)
+        seconds = budget * (count if self.whole.get(name) else 1)
+        fault = await self._receive(count, seconds + GRACE_S)
+        found, self._frames = self._frames[:count], []
+        if fault == "":
+            fault = f"ran over its budget of {seconds:g} s where no signal reaches it; its process was ended"
+        return found, fault
 
-    def _receive(self) -> Any:
-        from .child import read
+    async def _receive(self, count: int, seconds: float) -> str | None:
+        """Wait until there are ``count`` frames, no longer than ``seconds`` for each. Why there are not, "" if late."""
+        while len(self._frames) < count:
+            self._news.clear()
+            if self._lost:
+                return f"its process {_ended(await asyncio.to_thread(self._process.wait))}"
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._news.wait()
+            except TimeoutError:
+                return ""
+        return None
 
-        assert self._process.stdout
-        return read(self._process.stdout)  # type: ignore[arg-type]
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= HEAD.size:
+            end = HEAD.size + HEAD.unpack_from(self._buffer)[0]
+            if len(self._buffer) < end:
+                return
+            self._frames.append(pickle.loads(self._buffer[HEAD.size : end]))
+            del self._buffer[:end]
+            self._news.set()
 
-    def _restart(self) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._news.set()
+
+    def end(self) -> None:
         self._process.kill()
+        if self._transport:
+            self._transport.abort()
+        self._socket.close()
         self._process.wait()
-        self._process, self._ready = _start(self._setup), False
 
 
-def _start(setup: Any) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "miles_core.edges.reward.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    data = pickle.dumps(setup, protocol=5)
-    assert process.stdin
-    process.stdin.write(struct.pack("<Q", len(data)) + data)
-    process.stdin.flush()
-    return process
+def _ended(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    hint = "; it may have run out of memory" if status == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-status).name}{hint}"

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.shared_memory import SharedMemory
 
 import torch
 from torch import Tensor
 
 from ...types import Bucket, Layout, Piece, TransportError, Worker
-from . import free_bytes
 
 ALIGNMENT = 64  # of each tensor in a bucket: any dtype, and a cache line
 
 
 class Segment:
-    """One bucket's memory, its pieces so far, and the loads that read it."""
+    """One bucket's memory, its pieces so far, and the loads that read it.
+
+    The memory has no name in any file system: engines reach it through this process's open file. So it is gone when
+    this process is, however it ended, and no ``/dev/shm``, which containers keep small, limits it.
+    """
 
     def __init__(self, size: int) -> None:
-        if (free := free_bytes()) is not None and free < size:
-            raise TransportError(
-                f"a bucket of {size:,} bytes does not fit into the {free:,} bytes of shared memory that are free; "
-                "free some of /dev/shm, or give the container more (docker run --shm-size)"
-            )
-        self.memory = SharedMemory(create=True, size=size)
-        assert self.memory.buf is not None  # it is open
-        self.buffer, self.size, self.used = self.memory.buf, size, 0
+        handle = os.memfd_create("miles-weights")
+        os.ftruncate(handle, max(size, 1))
+        self.memory, self.path = mmap.mmap(handle, max(size, 1)), f"/proc/{os.getpid()}/fd/{handle}"
+        self.size, self.used = size, 0
         self.pieces: list[Piece] = []
         self.loads: list[tuple[Worker, Future[dict[str, int]]]] = []
-        self.unlink = weakref.finalize(self, _unlink, self.memory)  # also when the process ends without ``close``
+        self.free = weakref.finalize(self, _free, self.memory, handle)
 
     def fits(self, tensor: Tensor) -> bool:
         return self.used + tensor.nbytes <= self.size
@@ -40,20 +40,20 @@ class Segment:
         """Copy ``tensor``, of any strides and device, behind the pieces that are there."""
         offset, length = self.used, tensor.nbytes
         if length:
-            there = torch.frombuffer(self.buffer, dtype=tensor.dtype, offset=offset, count=tensor.numel())
+            there = torch.frombuffer(self.memory, dtype=tensor.dtype, offset=offset, count=tensor.numel())
             there.view(tensor.shape).copy_(tensor)
-        checksum = zlib.crc32(self.buffer[offset : offset + length]) if verify else None
+        checksum = zlib.crc32(memoryview(self.memory)[offset : offset + length]) if verify else None
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.pieces.append(Piece(name, dtype, tuple(tensor.shape), offset, length, checksum))
         self.used = -(-(offset + length) // ALIGNMENT) * ALIGNMENT
 
     def bucket(self) -> Bucket:
-        return Bucket(self.memory.name, tuple(self.pieces))
+        return Bucket(self.path, tuple(self.pieces))
 
     def settle(self) -> None:
         """Wait for every engine to have loaded what is in it, then empty it. Raises TransportError of the first fault.
 
-        Waits for all of them even when one fails: nobody may be reading when the memory is filled again or unlinked.
+        Waits for all of them even when one fails: nobody may be reading when the memory is filled again or freed.
         """
         loads, self.loads = self.loads, []
         pieces, self.pieces, self.used = self.pieces, [], 0
@@ -73,7 +73,7 @@ class SharedMemoryTransport:
     """Implements ``miles_core.types.Transport``. Nothing is allocated before the first tensor."""
 
     def __init__(self, bucket_bytes: int, timeout_s: float) -> None:
-        """Two buckets of ``bucket_bytes`` at most; an engine that has not loaded one in ``timeout_s`` is dead."""
+        """Two buckets of ``bucket_bytes``; an engine that has not loaded one in ``timeout_s`` counts as dead."""
         self._size, self._timeout = bucket_bytes, timeout_s
         self._engines: list[Worker] = []
         self._buckets: list[Segment] = []  # at most two, kept from one update to the next
@@ -81,15 +81,13 @@ class SharedMemoryTransport:
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
         self._engines = engines
-        if (free := free_bytes()) is not None:
-            self._size = min(self._size, free // 4)  # two buckets, and room for a tensor that needs its own
         self._pool = ThreadPoolExecutor(max_workers=2 * len(engines), thread_name_prefix=f"weights-{layout.rank}")
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
         """Send all that ``tensors`` yields to every engine.
 
         Returns ``bytes`` and ``tensors``. Raises TransportError naming the tensor and the engine, after every engine
-        has stopped reading; the segments are unlinked then.
+        has stopped reading; the memory is freed then.
         """
         sent, count, current = 0, 0, 0
         try:
@@ -115,7 +113,7 @@ class SharedMemoryTransport:
         return {"bytes": float(sent), "tensors": float(count)}
 
     def close(self) -> None:
-        """Unlink the memory and end the threads. May be called twice, and without ``connect``."""
+        """Free the memory and end the threads. May be called twice, and without ``connect``."""
         self._release()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -135,7 +133,7 @@ class SharedMemoryTransport:
             try:
                 segment.settle()
             finally:
-                segment.unlink()
+                segment.free()
 
     def _post(self, segment: Segment) -> None:
         """Ask every engine to load what is in ``segment``, without waiting."""
@@ -147,22 +145,22 @@ class SharedMemoryTransport:
             segment.loads.append((engine, load))
 
     def _release(self) -> None:
-        """Unlink every segment, once nobody reads it any more."""
+        """Free every segment, once nobody reads it any more."""
         for segment in self._buckets:
             for _, load in segment.loads:
                 load.cancel()
                 if not load.cancelled():
                     load.exception()  # waits; its cause is being raised already, or nobody asks
-            segment.unlink()
+            segment.free()
         self._buckets.clear()
 
 
-def _unlink(memory: SharedMemory) -> None:
-    memory.unlink()
+def _free(memory: mmap.mmap, handle: int) -> None:
+    os.close(handle)
     try:
         memory.close()
     except BufferError:
-        pass  # a tensor over it is still being freed; the mapping goes with the last of them
+        pass  # an error on its way still holds a tensor over it; the mapping goes with the last of them
 
 
 def _differences(engine: str, pieces: list[Piece], loaded: dict[str, int]) -> Iterator[TransportError]:
