@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,11 +250,9 @@ def _line_of(text: str, loc: Loc) -> int | None:
 
 def _reach(node: Any, loc: Loc) -> bool:
     try:
-        for part in loc:
-            node = node[part]
+        return bool(reduce(lambda inner, part: inner[part], loc, node) is not None)
     except (KeyError, IndexError, TypeError):
         return False
-    return True
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -356,9 +356,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tensors laid end to end in a named shared-memory segment; an engine's ``load(bucket)`` copies them in place."""
+    """Tensors laid end to end in a shared-memory segment; an engine's ``load(bucket)`` copies them in place."""
 
-    segment: str
+    segment: str  # the path it can be opened and mapped by, on the same machine
     pieces: tuple[Piece, ...]
 
 

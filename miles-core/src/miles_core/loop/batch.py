@@ -35,26 +35,15 @@ class Packed:
 
         from ..types import Batch
 
-        def tensor(x: np.ndarray[Any, Any]) -> torch.Tensor:
-            return torch.from_numpy(x).to(device)
-
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         seq = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        return Batch(
-            tokens=tensor(self.tokens),
-            mask=tensor(self.mask),
-            starts=tensor(starts.astype(np.int32)),
-            seq=tensor(seq),
-            positions=tensor(np.arange(len(seq)) - starts[seq]),
-            rollout_logprobs=tensor(self.logprobs),
-            old_logprobs=None,
-            score=tensor(self.score),
-            reward=tensor(self.reward),
-            unit=tensor(self.unit),
-            temperature=temperature,
-            counts=counts,
-            columns={name: tensor(x) for name, x in self.columns.items()},
+        rows = {"tokens": self.tokens, "mask": self.mask, "starts": starts.astype(np.int32), "seq": seq}
+        rows |= {"positions": np.arange(len(seq)) - starts[seq], "rollout_logprobs": self.logprobs}
+        rows |= {"score": self.score, "reward": self.reward, "unit": self.unit}
+        tensors, columns = (
+            {name: torch.from_numpy(x).to(device) for name, x in arrays.items()} for arrays in (rows, self.columns)
         )
+        return Batch(**tensors, old_logprobs=None, temperature=temperature, counts=counts, columns=columns)
 
 
 def count(units: Sequence[Unit]) -> dict[Per, int]:

@@ -90,11 +90,7 @@ class TrainingRank:
         return self._models[name].run(batches, self._through(name), None)
 
     def _through(self, name: str) -> Callable[[Any, Batch], Output]:
-        def forward(module: Any, batch: Batch) -> Output:
-            output: Output = self._hooks.forward(role=name, module=module, batch=batch)
-            return output
-
-        return forward
+        return lambda module, batch: self._hooks.forward(role=name, module=module, batch=batch)
 
     def _update(self, step: int, name: str, batches: list[Batch], meter: Meter) -> None:
         """Forward, loss, backward over all micro-batches of one update, then the optimizer."""

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ SYSTEM = {"enable_worker_prestart": False}
 # Ray reads these when it is imported. The message is Ray's own line on stdout about a dead worker, which comes on top
 # of the exception, and into the middle of a progress line.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing"}
-LONGEST_TEMP = 24  # characters; Ray appends about 75 to make a Unix socket, and the kernel takes 107
+LONGEST_TEMP = 24  # characters; our name and Ray's add 80 to make a Unix socket, and the kernel takes 107
 END_S = 30.0  # for Ray's processes to go
 
 
@@ -130,12 +131,14 @@ class _Leash:
 
     def hold(self, pid: int, since: str) -> None:
         assert self._process.stdin
-        self._process.stdin.write(f"{pid} {since}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # somebody killed it: a run need not end for want of a second safety
+            self._process.stdin.write(f"{pid} {since}\n")
+            self._process.stdin.flush()
 
     def close(self) -> None:
         assert self._process.stdin
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
 

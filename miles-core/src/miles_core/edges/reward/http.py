@@ -40,8 +40,8 @@ class Remote:
 
     async def _ask(self, sample: Sample) -> Outcome:
         url = self._scorer.url
-        body = {"prompt": sample.prompt, "response": sample.response, "info": sample.info}
-        body["answer"] = sample.info.get(self._scorer.answer)
+        answer = sample.info.get(self._scorer.answer)
+        body = {"prompt": sample.prompt, "response": sample.response, "answer": answer, "info": sample.info}
         content = json.dumps(body, default=str)  # a row of parquet may hold dates
         problem = ""
         for attempt in range(self._scorer.retries + 1):

@@ -126,7 +126,7 @@ class Math(Base):
 
 @lru_cache(1024)  # every attempt at a prompt has the same answer
 def parsed_answer(text: str) -> Any:
-    """What math-verify makes of an answer. It looks for mathematics between dollars only, so a bare formula gets some."""
+    """What math-verify makes of an answer. It looks for formulas between dollars, so a bare one gets some."""
     import math_verify
 
     marked = "$" in text or "\\boxed" in text or "\\(" in text or "\\[" in text

@@ -31,6 +31,7 @@ class Pool:
         self._setup, self._most = (scorers, max_tokens), workers
         self._idle: asyncio.Queue[_Child] = asyncio.Queue()
         self._children: set[_Child] = set()
+        self._waiting = 0
         self._idle.put_nowait(self._start())
 
     async def score(self, name: str, scorer: Base, group: Group) -> list[Outcome]:
@@ -59,22 +60,28 @@ class Pool:
         return outcomes
 
     def close(self) -> None:
-        """End every process."""
+        """End every process; nothing can be scored from then on."""
+        self._most = 0
         for child in list(self._children):
             self._end(child)
 
     async def _take(self) -> _Child:
-        while True:
-            try:
-                patience = None if len(self._children) >= self._most else PATIENCE_S if self._children else 0
-                child = await asyncio.wait_for(self._idle.get(), patience)
-            except TimeoutError:
-                if len(self._children) >= self._most:  # somebody else who waited was quicker
+        self._waiting += 1
+        try:
+            while True:
+                patience = PATIENCE_S if self._children else 0.0
+                try:
+                    async with asyncio.timeout(patience if len(self._children) < self._most else None):
+                        child = await self._idle.get()
+                except TimeoutError:
+                    if len(self._children) < self._most:  # else somebody who waited too was quicker
+                        return self._start()
                     continue
-                return self._start()
-            if child.alive:
-                return child
-            self._end(child)  # it died while nobody asked it anything
+                if child.alive:
+                    return child
+                self._end(child)  # it died while nobody asked it anything
+        finally:
+            self._waiting -= 1
 
     def _start(self) -> _Child:
         child = _Child(self._setup)
@@ -84,6 +91,8 @@ class Pool:
     def _end(self, child: _Child) -> None:
         self._children.discard(child)
         child.end()
+        if self._waiting and len(self._children) < self._most:  # or they would wait for a process that never comes
+            self._idle.put_nowait(self._start())
 
 
 class _Child(asyncio.Protocol):
@@ -153,10 +162,11 @@ class _Child(asyncio.Protocol):
 
     def end(self) -> None:
         self._process.kill()
+        self._process.wait()
         if self._transport:
             self._transport.abort()
-        self._socket.close()
-        self._process.wait()
+        else:
+            self._socket.close()
 
 
 def _ended(status: int) -> str:
