@@ -90,4 +90,4 @@ def on_rank(rank: int, meeting: str) -> None:
 
 
 def test_split_over_two_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(on_rank, (str(tmp_path / "meeting"),), nprocs=2, start_method="fork")
+    torch.multiprocessing.spawn(on_rank, (str(tmp_path / "meeting"),), nprocs=2)
