@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 from miles_core.edges.local.server import LocalEngine
-from miles_core.types import Request, Sampling
+from miles_core.edges.protocols import Request, Sampling
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB = 256

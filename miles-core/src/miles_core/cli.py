@@ -33,8 +33,7 @@ class Command(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
             raise
         except Exception as error:
-            log = Path("miles-error.log").absolute() if not (run := context.obj) else run / "error.log"
-            _stop(error, 1, log if log.parent.is_dir() else None)
+            _stop(error, 1, context.obj / "error.log" if context.obj and context.obj.is_dir() else None)
 
 
 def _stop(error: BaseException, status: int, log: Path | None = None) -> None:
@@ -61,8 +60,7 @@ def main() -> None:
 def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, ...], resume: bool) -> None:
     """Run the training described by FILES; later files win."""
     manifest = assemble(Source(files, overrides))
-    context.obj = folder = _run_dir(manifest, files)
-    context.find_root().obj = folder
+    context.find_root().obj = folder = _run_dir(manifest, files)
     from .loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
 
     train(manifest, folder, resume)
@@ -92,7 +90,7 @@ def explain(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     source = Source(files, overrides)
     manifest = assemble(source)
     tree = RunConfig.model_validate_json(manifest.run).model_dump(mode="json")
-    for key, value in _leaves(tree | {listed.found.name: json.loads(listed.config) for listed in manifest.plugins}):
+    for key, value in _leaves(tree | {found.name: json.loads(config) for found, config in manifest.plugins}):
         click.echo(f"{'.'.join(key):<26} {value!s:<28} {source.origin(key)}")
 
 
@@ -134,7 +132,3 @@ def _leaves(tree: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[tuple[
     for key, value in tree.items():
         found += _leaves(value, (*at, key)) if isinstance(value, dict) and value else [((*at, key), value)]
     return found
-
-
-if __name__ == "__main__":
-    main()

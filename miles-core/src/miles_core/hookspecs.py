@@ -16,7 +16,6 @@ Plugins are asked in the order of ``plugins = [...]``, then the algorithm, then 
 ``algorithm`` are answered by the plugin named by ``algorithm = ...``, all of them, or else by core's default.
 """
 
-# ruff: noqa: I001
 # mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .types import Batch, Cluster, Column, Complain, Engine, Engines, Group, Loss
-    from .types import Mean, Model, Output, Role, Sample, Store, Transport
+    from .edges.protocols import Cluster, Engine, Engines, Model, Store, Transport
+    from .types import Batch, Column, Complain, Group, Loss, Mean, Output, Role, Sample
 
 Kind = Literal["slot", "first", "merge", "event"]
 Place = Literal["driver", "rollout", "trainer"]
@@ -48,7 +47,6 @@ def hook[F: Callable[..., Any]](kind: Kind, place: Place, *, algorithm: bool = F
 
 class Hooks:
     # -- before anything is allocated ---------------------------------------------------------------------------
-
     @hook("event", "driver")
     def miles_check(self, complain: Complain) -> None:
         """Look for what cannot work and ``complain(key, message)`` of each; start nothing and write nothing."""
@@ -78,7 +76,6 @@ class Hooks:
         """The processes that sample, and the client that reaches them."""
 
     # -- one group ----------------------------------------------------------------------------------------------
-
     @hook("slot", "driver")
     def miles_prompts(self, split: str, start: int) -> Iterator[Sample]:
         """Prompts: without end for "train", once for "eval". ``start`` of them were taken by an earlier process."""
@@ -116,7 +113,6 @@ class Hooks:
         """Samples that must share a micro-batch, such as the two halves of a pair. Core's default: each alone."""
 
     # -- one step -----------------------------------------------------------------------------------------------
-
     @hook("slot", "trainer")
     def miles_model(self, name: str, role: Role) -> Model:
         """Build one role's model on this rank, weights loaded. The policy's name is "policy".
@@ -145,7 +141,6 @@ class Hooks:
         """Why the optimizer must not step, or None. One rank's reason stops every rank."""
 
     # -- trainer to engines -------------------------------------------------------------------------------------
-
     @hook("slot", "trainer")
     def miles_export(self, role: str, model: Model) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under the names the engine knows, one at a time; every rank iterates, only senders get any."""
@@ -155,7 +150,6 @@ class Hooks:
         """How weights travel from this rank to the engines."""
 
     # -- loop ---------------------------------------------------------------------------------------------------
-
     @hook("event", "driver")
     def miles_progress(self, text: str) -> None:
         """A line for the person: what is being set up, or was done."""

@@ -181,7 +181,9 @@ class Registry:
         rivals = [name for name in names if name not in BUILTIN] or names
         if slot in use:
             if use[slot] not in names:
-                raise PluginError(f"use.{slot}: {use[slot]!r} does not answer {hook}; {_listed(names)} does")
+                raise PluginError(
+                    f"use.{slot}: {use[slot]!r} does not answer {hook}; {' and '.join(names) or 'nobody'} does"
+                )
             return use[slot]
         if SPECS[hook].algorithm:
             if others := [name for name in rivals if name not in (algorithm, *BUILTIN)]:
@@ -189,12 +191,10 @@ class Registry:
                     f"{others[0]} answers {hook}, which is the algorithm's; say algorithm = {others[0]!r}, "
                     f"or [use] {slot} = {others[0]!r} to mix it into {algorithm}"
                 )
-            if not names:
-                raise PluginError(f"{algorithm} is the algorithm, but does not answer {hook}")
-        if not names:
-            raise PluginError(f"nobody answers {hook}")
+        if not names:  # core answers all but this one
+            raise PluginError(f"{algorithm} is the algorithm, but does not answer {hook}")
         if len(rivals) > 1:
-            raise PluginError(f"{_listed(rivals)} both answer {hook}; choose with [use] {slot} = {rivals[0]!r}")
+            raise PluginError(f"{' and '.join(rivals)} both answer {hook}; choose with [use] {slot} = {rivals[0]!r}")
         return rivals[0]
 
     def _only(self, hook: str, name: str) -> Callable[..., Any]:
@@ -243,21 +243,8 @@ class Registry:
                     result[key], source[key] = value, name
             return result
 
-        if spec.kind == "merge":
-            return merge_async if inspect.iscoroutinefunction(spec) else merge
-        return first if spec.kind == "first" else event
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(names) or "nobody"
-
-
-@dataclass(frozen=True)
-class Listed:
-    """One plugin of a manifest: what another process needs to build the very same."""
-
-    found: Found
-    config: str  # JSON
+        merging = merge_async if inspect.iscoroutinefunction(spec) else merge
+        return {"merge": merging, "first": first, "event": event}[spec.kind]
 
 
 @dataclass(frozen=True)
@@ -266,27 +253,26 @@ class Manifest:
 
     core: str
     run: str  # JSON
-    plugins: tuple[Listed, ...]
+    plugins: tuple[tuple[Found, str], ...]  # and the JSON of its table
 
     def registry(self, place: Place) -> Registry:
         """The plugins as seen from ``place``. Raises PluginError where this environment differs from the driver's."""
         if self.core != __version__:
             raise PluginError(f"this process has miles-core {__version__}, the driver has {self.core}")
         run, plugins, here = RunConfig.model_validate_json(self.run), {}, installed()
-        for listed in self.plugins:
-            found = listed.found
+        for found, config in self.plugins:
             if found.source is None:
                 mine = here.get(found.name)
                 if mine is None or (mine.dist, mine.version) != (found.dist, found.version):
                     have = f"{mine.dist} {mine.version}" if mine else f"no plugin {found.name!r}"
                     raise PluginError(f"this process has {have}, the driver has {found.dist} {found.version}")
             cls = found.load()
-            plugins[found.name] = cls(cls.Config.model_validate_json(listed.config), run)
+            plugins[found.name] = cls(cls.Config.model_validate_json(config), run)
         return Registry(place, plugins, run.use, run.algorithm)
 
     @property
     def versions(self) -> dict[str, str]:
-        return {x.found.name: f"{x.found.dist} {x.found.version}" for x in self.plugins}
+        return {found.name: f"{found.dist} {found.version}" for found, _ in self.plugins}
 
 
 def assemble(source: Source) -> Manifest:
@@ -301,12 +287,12 @@ def assemble(source: Source) -> Manifest:
             tree.pop(name, None)
             continue
         if (config := source.validate(cls.Config, tree.pop(name, {}), (name,))) is not None:
-            listed.append(Listed(found, config.model_dump_json()))
+            listed.append((found, config.model_dump_json()))
     for name in installed().keys() & tree.keys() - set(RunConfig.model_fields):
         source.complain((name,), f"has settings, but this run does not use {name}; add it to plugins")
         tree.pop(name)
-    if "algorithm" in tree and str(tree["algorithm"]).endswith(".py"):
-        tree["algorithm"] = Path(tree["algorithm"]).stem
+    if str(algorithm := tree.get("algorithm")).endswith(".py"):
+        tree["algorithm"] = Path(str(algorithm)).stem
     run = source.validate(RunConfig, tree)
     for slot in run.use if run else ():
         if SPECS.get(f"miles_{slot}", Hooks.miles_check).kind != "slot":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from miles_core.edges.cluster.cluster import RayCluster
 from miles_core.edges.cluster.session import Session
-from miles_core.types import Process, Refused, WorkerDied
+from miles_core.edges.protocols import Process, WorkerDied
+from miles_core.types import Refused
 
 LOCAL = {"address": "local", "num_cpus": 8, "object_store_memory": 100 << 20, "include_dashboard": False}
 

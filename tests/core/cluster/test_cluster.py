@@ -15,7 +15,8 @@ import ray
 from miles_core.edges.cluster import leash
 from miles_core.edges.cluster.cluster import RayCluster
 from miles_core.edges.cluster.session import Session
-from miles_core.types import Process, Refused, WorkerDied
+from miles_core.edges.protocols import Process, WorkerDied
+from miles_core.types import Refused
 
 
 @pytest.fixture(scope="module")

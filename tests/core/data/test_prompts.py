@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from miles_core.edges.data.order import endless, permutation, split
-from miles_core.types import Completion, Group, Refused, Sample
+from miles_core.edges.protocols import Completion
+from miles_core.types import Group, Refused, Sample
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

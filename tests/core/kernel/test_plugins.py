@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from miles_core import Plugin, hookimpl
@@ -303,7 +304,7 @@ def test_complaints_are_refused_not_printed(complaints, tmp_path):
 
 def miles(*args, **kwargs):
     return subprocess.run(
-        [sys.executable, "-m", "miles_core.cli", *args], capture_output=True, text=True, timeout=60, **kwargs
+        [Path(sys.executable).with_name("miles"), *args], capture_output=True, text=True, timeout=60, **kwargs
     )
 
 

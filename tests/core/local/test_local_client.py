@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from miles_core.edges.local.client import LocalClient
 from miles_core.edges.local.server import LocalEngine
-from miles_core.types import Completion, EngineError, Request, Sampling, WorkerDied
+from miles_core.edges.protocols import Completion, EngineError, Request, Sampling, WorkerDied
 
 
 class InProcess:

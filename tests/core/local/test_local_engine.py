@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.local.server import LocalEngine
-from miles_core.types import Completion, EngineError, Request, Sampling
+from miles_core.edges.protocols import Completion, EngineError, Request, Sampling
 
 FAMILIES = ("qwen2", "qwen3", "llama", "llama-biased")
 VOCAB = 61

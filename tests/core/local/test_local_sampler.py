@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from miles_core.edges.local.sampler import Sampler, filtered, invert
-from miles_core.types import Sampling
+from miles_core.edges.protocols import Sampling
 
 LOGITS = [1.5, -0.3, 0.0, 2.0, 0.9, -4.0, 1.1]
 # The 99.9th percentile of chi-square with 1 to 6 degrees of freedom.

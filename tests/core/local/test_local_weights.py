@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.local.server import LocalEngine
+from miles_core.edges.protocols import Bucket, EngineError, Piece, Request, Sampling, TransportError
 from miles_core.edges.transport.shm import SharedMemoryTransport
-from miles_core.types import Bucket, EngineError, Layout, Piece, Request, Sampling, TransportError
+from miles_core.types import Layout
 
 REQUESTS = [Request(str(i), list(range(1, 4 + i)), Sampling(30), seed=i) for i in range(3)]
 

@@ -1,8 +1,8 @@
 """A checkpoint is whole, or it does not count."""
 
 import pytest
+from miles_core.edges.protocols import RunState
 from miles_core.edges.store.folder import WHOLE, RunFolder
-from miles_core.types import RunState
 
 
 @pytest.fixture

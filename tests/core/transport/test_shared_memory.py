@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.config import RunConfig
 from miles_core.edges.local.segments import attached
+from miles_core.edges.protocols import Bucket, TransportError, WorkerDied
 from miles_core.edges.transport import SharedMemory
 from miles_core.edges.transport.shm import SharedMemoryTransport
-from miles_core.types import Bucket, Layout, TransportError, WorkerDied
+from miles_core.types import Layout
 
 LAYOUT = Layout(rank=0, world=1, dp_rank=0, dp_size=1, last_stage=True, reports=True)
 

@@ -30,9 +30,10 @@ from itertools import count, islice
 from pathlib import Path
 
 from ..config import RunConfig
+from ..edges.protocols import RunState, Store, WorkerDied, everyone
 from ..plugins import Manifest, Registry
-from ..types import Group, Refused, RunState, Sample, Store, WorkerDied
-from .fleet import Fleet, everyone, start
+from ..types import Group, Refused, Sample
+from .fleet import Fleet, start
 from .rollout import numbered
 
 PATIENCE = 50  # waves of prompts without one group to train on, before the run is called hopeless
@@ -55,15 +56,13 @@ async def _train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     (run_dir / "config.json").write_text(json.dumps(json.loads(manifest.run), indent=1))
     (run_dir / "manifest.json").write_text(json.dumps({"miles-core": manifest.core} | manifest.versions, indent=1))
     found = store.newest(lambda text: hooks.progress(text=text)) if resume else None
-    error: BaseException | None = None
-    cluster = hooks.cluster(run_dir=run_dir)
+    error, cluster = None, hooks.cluster(run_dir=run_dir)
     try:
         loop = Loop(run, hooks, await start(manifest, hooks, cluster), store, run_dir)
         await loop.restore(found)
         await loop.turn()
     except BaseException as caught:
-        error = caught
-        if isinstance(caught, WorkerDied):
+        if isinstance(error := caught, WorkerDied):
             hooks.failure(process="", error=str(caught), action="the run stops; miles run --resume goes on from here")
         raise
     finally:
@@ -145,7 +144,6 @@ class Loop:
             consumer.cancel()
 
     # -- rollouts ------------------------------------------------------------------------------------------------
-
     async def rollouts(self) -> None:
         """Consumes prompts, produces groups. Waits for weights new enough. Unblocked by ``steps``."""
         for step in range(self.state.step + 1 + self.ready.qsize(), self.run.steps + 1):
@@ -193,7 +191,6 @@ class Loop:
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
 
     # -- steps ---------------------------------------------------------------------------------------------------
-
     async def steps(self) -> None:
         """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
         for step in range(self.state.step + 1, self.run.steps + 1):
@@ -255,10 +252,10 @@ class Loop:
         began = time.perf_counter()
         folder = self.store.begin(self.state.step)
         await everyone(self.fleet.ranks, "save", str(folder))
-        waiting = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
-        for item in waiting:
+        self.state.waiting = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
+        for item in self.state.waiting:
             self.ready.put_nowait(item)
-        self.state.waiting, self.state.plugins = waiting, self.hooks.state()
+        self.state.plugins = self.hooks.state()
         return folder, {"time/checkpoint": time.perf_counter() - began}
 
     def times(self, metrics: dict[str, float], waited: float, wall: float) -> dict[str, float]:

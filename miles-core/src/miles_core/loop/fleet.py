@@ -7,28 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
 from ..plugins import Manifest, Registry
-from ..types import Cluster, Engines, Group, Layout, Process, Role, Worker, WorkerDied
+from ..types import Group, Layout, Role
 from .batch import Unit, count, distribute, pack
 
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
-
-
-async def everyone(workers: list[Worker], method: str, *args: Any) -> list[Any]:
-    """One call to each worker at once; answers in their order.
-
-    Where several fail, a death explains the rest: peers of a dead rank only see a closed connection.
-    """
-    calls = [asyncio.ensure_future(worker.call(method, *args)) for worker in workers]
-    _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
-    if waiting:
-        await asyncio.wait(waiting, timeout=3)
-    errors = [error for call in calls if call.done() and (error := call.exception())]
-    for call in calls:
-        call.cancel()
-    for error in sorted(errors, key=lambda error: not isinstance(error, WorkerDied)):
-        raise error
-    return [call.result() for call in calls]
 
 
 @dataclass(slots=True)

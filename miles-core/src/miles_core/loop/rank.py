@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..edges.protocols import Model, Transport, Worker
 from ..plugins import Manifest
-from ..types import Batch, Column, Layout, Mean, Model, Output, Per, Role, Transport, Worker
+from ..types import Batch, Column, Layout, Mean, Output, Per, Role
 from .batch import Packed
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
@@ -49,7 +50,6 @@ class TrainingRank:
         self._transport.connect(engines, self._models["policy"].layout)
 
     # -- one step ------------------------------------------------------------------------------------------------
-
     def train(self, step: int, updates: list[list[Update]]) -> dict[str, float]:
         """Consumes this step's updates, one entry per data-parallel rank each; produces the metrics of this rank.
 
@@ -131,7 +131,6 @@ class TrainingRank:
         return (reason or "another rank's reason") if flag.item() else None
 
     # -- weights and checkpoints ---------------------------------------------------------------------------------
-
     def push(self, verify: bool) -> dict[str, float]:
         """Send the policy's weights to every engine."""
         with torch.no_grad():

@@ -8,8 +8,9 @@ import time
 from importlib import import_module
 from typing import Any
 
+from ..edges.protocols import Engine, Worker
 from ..plugins import Manifest
-from ..types import Engine, Group, Refused, Sample, Worker
+from ..types import Group, Refused, Sample
 
 
 class RolloutWorker:
@@ -75,9 +76,8 @@ def _check_reward(name: str, values: list[float], group: Group) -> None:
 
 def numbered(sample: Sample, group: int, attempts: int, seeds: Any) -> Group:
     """A group of ``attempts`` copies of one prompt, each with its id and its own seed."""
-    copies = [
-        Sample(prompt=sample.prompt, info=dict(sample.info), tokens=list(sample.tokens), id=f"{group}/{i}",
-               seed=seeds(group, i))
-        for i in range(attempts)
-    ]  # fmt: skip
-    return Group(group, copies)
+    info, tokens = sample.info, sample.tokens
+    return Group(
+        group,
+        [Sample(sample.prompt, dict(info), f"{group}/{i}", seeds(group, i), list(tokens)) for i in range(attempts)],
+    )

@@ -16,7 +16,8 @@ from ...plugins import Plugin
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ...types import Cluster, Complain
+    from ...types import Complain
+    from ..protocols import Cluster
 
 DASHBOARD = ("aiohttp", "aiohttp_cors", "opencensus", "opentelemetry", "prometheus_client")
 SPARE_CPUS = 4  # of a local Ray, for processes that stand in no placement table

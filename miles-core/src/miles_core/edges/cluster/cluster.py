@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...types import Process, Refused, WorkerDied
+from ...types import Refused
+from ..protocols import Process, WorkerDied
 from . import leash
 from .host import Host, Place
 from .session import Session

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from ...types import WorkerDied
+from ..protocols import WorkerDied
 from . import leash
 from .failure import Failure
 from .host import Place

@@ -13,7 +13,8 @@ from ...plugins import Plugin
 from ...types import Refused, Sample
 
 if TYPE_CHECKING:
-    from ...types import Complain, Engine, Group
+    from ...types import Complain, Group
+    from ..protocols import Engine
 
 NO_PROMPTS = "no prompts: set data.train, or name a plugin that answers miles_prompts"
 

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...types import Completion, Group, Refused, Request, Sample, Sampling
+from ...types import Group, Refused, Sample
+from ..protocols import Completion, Request, Sampling
 
 if TYPE_CHECKING:
     from ...config import RunConfig
-    from ...types import Engine, Message
+    from ...types import Message
+    from ..protocols import Engine
 
 
 def load_tokenizer(folder: Path) -> Any:

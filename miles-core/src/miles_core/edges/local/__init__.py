@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
-from ...types import Engines, Process
+from ..protocols import Engines, Process
 from .architecture import Architecture, Unsupported, architecture, read_config
 
 if TYPE_CHECKING:

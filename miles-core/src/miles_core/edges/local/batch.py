@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...types import Completion, EngineError, Request
+from ..protocols import Completion, EngineError, Request
 from .model import Decoder
 from .sampler import Sampler
 

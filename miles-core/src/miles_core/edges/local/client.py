@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...types import Completion, EngineError, Request, Worker, WorkerDied
+from ..protocols import Completion, EngineError, Request, Worker, WorkerDied
 
 
 @dataclass(eq=False, slots=True)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ...types import TransportError
+from ..protocols import TransportError
 
 
 @contextmanager

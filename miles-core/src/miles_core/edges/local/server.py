@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...types import Bucket, Completion, EngineError, Piece, Request, TransportError
+from ..protocols import Bucket, Completion, EngineError, Piece, Request, TransportError
 from . import rows_of
 from .architecture import architecture, read_config
 from .batch import Batch

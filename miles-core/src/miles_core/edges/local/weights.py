@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...types import EngineError, TransportError
+from ..protocols import EngineError, TransportError
 from .architecture import Architecture
 
 

@@ -9,7 +9,8 @@ from pydantic import ConfigDict
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
-from ...types import Batch, Complain, Model, Output, Refused, Role
+from ...types import Batch, Complain, Output, Refused, Role
+from ..protocols import Model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -25,7 +25,7 @@ from .rotary import rotate
 
 
 @dataclass
-class Row(PackedSeqParams):  # type: ignore[misc]  # Megatron is untyped
+class Row(PackedSeqParams):
     """Where the sequences of a packed row are, worked out once per micro-batch and shared by every layer."""
 
     positions: Tensor | None = None  # [T] int64: place of each token within its sequence
@@ -72,7 +72,7 @@ def row(starts: Sequence[int], device: torch.device) -> Row:
     )
 
 
-class PackedAttention(MegatronModule):  # type: ignore[misc]
+class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a row, by ``torch.nn.functional.scaled_dot_product_attention``."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_options: Any) -> None:

@@ -15,7 +15,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ...types import Batch, Forward, Layout, Output
+from ...types import Batch, Layout, Output
+from ..protocols import Forward
 from . import checkpoint, device, hf, weights
 from .build import Trained
 from .forward import unwrapped

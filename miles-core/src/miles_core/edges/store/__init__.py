@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
-from ...types import Store
+from ..protocols import Store
 
 
 class Folder(Plugin):

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ...types import RunState
+from ..protocols import RunState
 
 WHOLE = "whole.json"  # size and crc32 of every other file; written last
 

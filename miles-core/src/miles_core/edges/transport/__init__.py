@@ -11,7 +11,8 @@ from ...hookspecs import hookimpl
 from ...plugins import Plugin
 
 if TYPE_CHECKING:
-    from ...types import Complain, Transport
+    from ...types import Complain
+    from ..protocols import Transport
 
 
 class SharedMemory(Plugin):

@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ...types import Bucket, Layout, Piece, TransportError, Worker
+from ...types import Layout
+from ..protocols import Bucket, Piece, TransportError, Worker
 
 ALIGNMENT = 64  # of each tensor in a bucket: any dtype, and a cache line
 
