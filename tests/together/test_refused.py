@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from conftest import processes_of
+from whole_runs import processes_of
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import processes_of, timeless
+from whole_runs import processes_of, timeless
 
 pytestmark = pytest.mark.slow
 

@@ -280,8 +280,8 @@ def manifest(write, tmp_path, monkeypatch):
 
 
 def test_a_worker_with_another_version_refuses_to_start(manifest):
-    listed = manifest.plugins[1]
-    other = dataclasses.replace(listed, found=dataclasses.replace(listed.found, version="9.9"))
+    found, table = manifest.plugins[1]
+    other = (dataclasses.replace(found, version="9.9"), table)
     other = dataclasses.replace(manifest, plugins=(other, *manifest.plugins[1:]))
     with pytest.raises(PluginError, match="this process has miles-core .*, the driver has miles-core 9.9"):
         other.registry("trainer")
