@@ -35,8 +35,9 @@ def test_a_plugin_whose_rewards_cannot_be_used(runs, name):
 
 def test_a_plugin_that_raises_is_named(runs):
     body, _ = REWARDS["raises"]
-    err = runs.run("bad-raises", *plugin(runs, "raises", body), expect=1).stderr
-    assert "odd digits" in err and "in miles_reward of plugin raises" in err and "Traceback" not in err
+    err = runs.run("bad-raises", *plugin(runs, "raises", body), expect=2).stderr
+    assert "plugin raises: miles_reward raised ValueError: odd digits" in err and "Traceback" not in err
+    assert "raises.py" in (runs.folder / "bad-raises" / "error.log").read_text()  # where its author looks
 
 
 def test_a_scorer_that_raises_names_the_sample(runs):

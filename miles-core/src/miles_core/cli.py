@@ -27,22 +27,22 @@ class Command(click.Group):
         try:
             return super().invoke(context)
         except Refused as error:
-            _stop(error, 2)
+            _stop(error, 2, context.obj if isinstance(error, PluginError) else None)
         except OSError as error:  # a full disk, a folder that cannot be written
             _stop(error, 2 if error.filename or error.errno else 1)
         except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
             raise
         except Exception as error:
-            _stop(error, 1, context.obj / "error.log" if context.obj and context.obj.is_dir() else None)
+            _stop(error, 1, context.obj)
 
 
-def _stop(error: BaseException, status: int, log: Path | None = None) -> None:
+def _stop(error: BaseException, status: int, folder: Path | None = None) -> None:
     text = str(error) if isinstance(error, Refused | OSError) else f"{type(error).__name__}: {error}"
     for line in (*text.splitlines(), *(n for n in getattr(error, "__notes__", ()) if "\n" not in n)):
         click.echo(f"Error: {line}", err=True)
-    if log:
-        log.write_text("".join(traceback.format_exception(error)))
-        click.echo(f"The whole story is in {log}", err=True)
+    if folder and folder.is_dir():
+        (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+        click.echo(f"The whole story is in {folder / 'error.log'}", err=True)
     raise SystemExit(status)
 
 

@@ -187,7 +187,9 @@ class Source:
     def refuse(self) -> None:
         """Raise ConfigError with every complaint so far, if there are any, in the order of the files' lines."""
         if self.complaints:
-            raise ConfigError("\n".join(sorted(dict.fromkeys(self.complaints), key=_natural)))
+            numbers = re.compile(r"(\d+)")  # line 10 comes after line 9
+            natural = {c: [(int(p), "") if p.isdigit() else (-1, p) for p in numbers.split(c)] for c in self.complaints}
+            raise ConfigError("\n".join(sorted(natural, key=natural.__getitem__)))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -253,10 +255,6 @@ def _reach(node: Any, loc: Loc) -> bool:
         return bool(reduce(lambda inner, part: inner[part], loc, node) is not None)
     except (KeyError, IndexError, TypeError):
         return False
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _fields(model: type[BaseModel], loc: Loc) -> list[str]:

@@ -115,10 +115,7 @@ class Hooks:
     # -- one step -----------------------------------------------------------------------------------------------
     @hook("slot", "trainer")
     def miles_model(self, name: str, role: Role) -> Model:
-        """Build one role's model on this rank, weights loaded. The policy's name is "policy".
-
-        ``torch.distributed`` is initialized, with gloo where there is no GPU, and nothing else is.
-        """
+        """One role's model on this rank, weights loaded. ``torch.distributed`` is up, and nothing else is."""
 
     @hook("slot", "trainer", algorithm=True)
     def miles_advantage(self, batch: Batch) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, distributions
@@ -203,14 +204,15 @@ class Registry:
         caller = self._pm.subset_hook_caller(hook, others)
 
         def call(**args: Any) -> Any:
-            try:
+            with _blame(hook, name):
                 return caller(**args)
-            except Exception as error:
-                if name not in BUILTIN:
-                    error.add_note(f"in {hook} of plugin {name}")
-                raise
 
-        return call
+        async def call_async(**args: Any) -> Any:
+            with _blame(hook, name):
+                answer = caller(**args)
+                return [await part for part in answer] if isinstance(answer, list) else await answer
+
+        return call_async if inspect.iscoroutinefunction(SPECS[hook]) else call
 
     def _bind(self, hook: str, spec: Any) -> Callable[..., Any]:
         if spec.kind == "slot":
@@ -230,8 +232,8 @@ class Registry:
         async def merge_async(**args: Any) -> dict[str, Any]:
             import asyncio  # here, since `miles plugins` is quicker without
 
-            answers = await asyncio.gather(*(part(**args)[0] for part in parts.values()))
-            return merged(zip(parts, answers, strict=True))
+            answers = await asyncio.gather(*(part(**args) for part in parts.values()))
+            return merged((name, answer) for name, listed in zip(parts, answers, strict=True) for answer in listed)
 
         def merged(answers: Iterable[tuple[str, dict[str, Any] | None]]) -> dict[str, Any]:
             result: dict[str, Any] = {}
@@ -245,6 +247,17 @@ class Registry:
 
         merging = merge_async if inspect.iscoroutinefunction(spec) else merge
         return {"merge": merging, "first": first, "event": event}[spec.kind]
+
+
+@contextmanager
+def _blame(hook: str, name: str) -> Iterator[None]:
+    """What a plugin raises is for its user to mend, so it ends the run with status 2 and says whose it is."""
+    try:
+        yield
+    except Exception as error:
+        if name in BUILTIN or isinstance(error, Refused):
+            raise
+        raise PluginError(f"plugin {name}: {hook} raised {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from miles_core import Plugin, hookimpl
 from miles_core.config import ConfigError, RunConfig, Source
 from miles_core.plugins import BUILTIN, PluginError, Registry, assemble, check, installed
+from miles_core.types import Refused
 
 ONE = RunConfig(algorithm="a", model={"path": "/m"})
 
@@ -114,12 +116,7 @@ def test_async_merges_wait_for_everyone():
             return None  # an async hook can decline too
 
     hooks = registry(A, X, Y, place="rollout", use={})
-    hooks.plugins["reward"]  # core's own answers beside them
-
-    class Nobody:
-        samples: list = []
-
-    assert asyncio.run(hooks.reward(group=Nobody(), evaluating=False))["x"] == [1.0]
+    assert asyncio.run(hooks.reward(group=SimpleNamespace(samples=[]), evaluating=False))["x"] == [1.0]
 
 
 def test_the_first_answer_in_the_order_of_the_run():
@@ -140,9 +137,30 @@ def test_an_exception_names_the_plugin():
         def miles_loss(self, role, batch, output):
             raise ValueError("odd")
 
-    with pytest.raises(ValueError, match="odd") as caught:
+    with pytest.raises(PluginError, match="plugin x: miles_loss raised ValueError: odd") as caught:
         answer(registry(X, algorithm="x"))
-    assert caught.value.__notes__ == ["in miles_loss of plugin x"]
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_exception_of_an_async_hook_names_the_plugin_too():
+    class X(Plugin):
+        @hookimpl
+        async def miles_reward(self, group, evaluating):
+            raise ValueError("odd")
+
+    hooks = registry(A, X, place="rollout")
+    with pytest.raises(PluginError, match="plugin x: miles_reward raised ValueError: odd"):
+        asyncio.run(hooks.reward(group=SimpleNamespace(samples=[]), evaluating=False))
+
+
+def test_what_a_plugin_refuses_is_passed_on():
+    class X(Plugin):
+        @hookimpl
+        def miles_loss(self, role, batch, output):
+            raise Refused("as I say")
+
+    with pytest.raises(Refused, match="^as I say$"):
+        answer(registry(X, algorithm="x"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ Two coroutines and what stands between them:
               waits for groups, then for ``rollouts`` to come to rest; unblocked by ``rollouts``
 
 With ``max_staleness`` 0 the two take turns, with 1 they overlap by one step; nothing else differs. Weights move, and
-checkpoints are written, only while ``rollouts`` rests, so that what was sampled by then is known exactly: a run that
-is resumed goes on with the same groups. Only ``steps`` ends; a ``rollouts`` that ends early ran out of prompts.
+checkpoints are written, only while ``rollouts`` rests: a run that is resumed goes on with the very same groups.
 """
 
 from __future__ import annotations

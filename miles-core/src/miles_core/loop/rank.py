@@ -73,21 +73,19 @@ class TrainingRank:
         """What the losses need from forward passes, before the first update changes anything."""
         flat = [batch for rows in batches for batch in rows]
         for name in dict.fromkeys(c.role for c in self._columns.values() if c.role):
-            outputs = self._forward(name, flat)
+            outputs = self._models[name].run(flat, self._through(name), None)
             for batch, output in zip(flat, outputs, strict=False):  # no outputs off the last stage
                 for column, of in self._columns.items():
                     if of.role == name:
                         batch.columns[column] = getattr(output, of.field)
         # The first update takes its old log-probabilities from its own forward pass: the policy has not moved yet.
         later = [batch for rows in batches[1:] for batch in rows]
-        for batch, output in zip(later, self._forward("policy", later) if later else [], strict=False):
+        outputs = self._models["policy"].run(later, self._through("policy"), None) if later else []
+        for batch, output in zip(later, outputs, strict=False):
             batch.old_logprobs = output.logprobs
         if self._models["policy"].layout.last_stage:
             for batch in flat:
                 batch.columns |= self._hooks.advantage(batch=batch)
-
-    def _forward(self, name: str, batches: list[Batch]) -> list[Output]:
-        return self._models[name].run(batches, self._through(name), None)
 
     def _through(self, name: str) -> Callable[[Any, Batch], Output]:
         return lambda module, batch: self._hooks.forward(role=name, module=module, batch=batch)
@@ -148,9 +146,6 @@ class TrainingRank:
 
     def save_hf(self, folder: str) -> None:
         self._models["policy"].save_hf(Path(folder))
-
-    def close(self) -> None:
-        self._transport.close()
 
 
 class Meter:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ...types import Refused
+from . import NO_PROMPTS
+from .length import Ruler, TemplateRefused, find_template
 from .order import held_out_count
+from .prompt import PromptError, prompt_of
 from .rows import Rows, open_rows
 
 if TYPE_CHECKING:
@@ -21,19 +23,22 @@ MOST = 5  # complaints about the rows of one file; a wrong column is wrong in ev
 
 def check(config: Data.Config, run: RunConfig, complain: Complain) -> None:
     """Look at every row that the run may use, and complain of each that it could not."""
+    if run.use.get("prompts", "data") != "data":
+        return
     if config.train is None:
-        if run.use.get("prompts", "data") == "data" and not run.plugins and not config.eval:
-            from . import NO_PROMPTS
-
+        if "prompts" in run.use or config.eval or not run.plugins:  # a plugin may answer miles_prompts instead
             complain("data.train", NO_PROMPTS)
         return
     if config.eval and config.held_out:
         complain("data.held_out", "has no effect beside data.eval; remove one")
     if config.system is not None and not config.chat_template:
         complain("data.system", "is a chat message, and needs data.chat_template = true")
-    if run.eval.every and not config.eval and not config.held_out and run.use.get("prompts", "data") == "data":
+    if run.eval.every and not config.eval and not config.held_out:
         complain("eval.every", "there is no held-out split; set data.eval or data.held_out")
-    measure = _measure(config, run, complain)
+    template = find_template(run.model.path) if run.model.path.is_dir() else ""  # no folder at all is another's fault
+    if config.chat_template and template is None:
+        complain("data.chat_template", f"{run.model.path} has no chat template; add chat_template.jinja to it")
+    context = _context(run, complain)
     for key, path in (("data.train", config.train), ("data.eval", config.eval)):
         if path is None:
             continue
@@ -45,7 +50,7 @@ def check(config: Data.Config, run: RunConfig, complain: Complain) -> None:
         if not len(rows):
             complain(key, f"{path}: the file has no rows")
             continue
-        for n, message in enumerate(_faults(rows, config, run, measure)):
+        for n, message in enumerate(_faults(rows, config, run, context, template)):
             if n == MOST:
                 complain(key, f"{path}: and more like these")
                 break
@@ -54,45 +59,32 @@ def check(config: Data.Config, run: RunConfig, complain: Complain) -> None:
             complain("data.held_out", f"holds out {held} of {len(rows)} rows, which leaves none to train on")
 
 
-def _faults(rows: Rows, config: Data.Config, run: RunConfig, measure: _Measure | None) -> Iterator[str]:
+def _faults(
+    rows: Rows, config: Data.Config, run: RunConfig, context: int | None, template: str | None
+) -> Iterator[str]:
+    ruler = Ruler(run.model.path, context - run.rollout.max_tokens) if context else None
     for i, row in enumerate(rows.scan()):
         if isinstance(row, Refused):
             yield str(row)
-        elif config.prompt not in row:
-            yield f"{rows.where(i)}: no column {config.prompt!r}; the row has {', '.join(map(repr, row)) or 'none'}"
-        elif fault := _fault(row[config.prompt], config):
-            yield f"{rows.where(i)}: {config.prompt}: {fault}"
-        elif measure and (length := measure(row[config.prompt])) + run.rollout.max_tokens > measure.context:
+            continue
+        try:
+            prompt = prompt_of(row, config)
+            length = ruler.excess(prompt) if ruler else None
+        except (PromptError, TemplateRefused) as error:
+            why = f"the chat template refuses it: {error}" if isinstance(error, TemplateRefused) else error
+            yield f"{rows.where(i)}: {why}"
+            continue
+        if length:
             yield (
                 f"{rows.where(i)}: a prompt of {length} tokens and rollout.max_tokens = {run.rollout.max_tokens} "
-                f"exceed the model's context of {measure.context}"
+                f"exceed the model's context of {context}"
             )
+        elif template is None and not config.chat_template and not isinstance(prompt, str):
+            yield f"{rows.where(i)}: is a list of chat messages, but {run.model.path} has no chat template"
 
 
-def _fault(prompt: Any, config: Data.Config) -> str | None:
-    if isinstance(prompt, str):
-        return None if prompt else "is empty"
-    if not isinstance(prompt, list):
-        return f"must be text or a list of messages, this is {type(prompt).__name__}"
-    if not config.chat_template:
-        return "is a list of messages, which needs data.chat_template = true"
-    if not prompt or any(not isinstance(m, dict) or not {"role", "content"} <= m.keys() for m in prompt):
-        return 'must be messages such as {"role": "user", "content": "..."}'
-    return None
-
-
-class _Measure:
-    """Prompts in tokens, as a rollout would see them."""
-
-    def __init__(self, length: Callable[[Any], int], context: int) -> None:
-        self._length, self.context = length, context
-
-    def __call__(self, prompt: Any) -> int:
-        return self._length(prompt)
-
-
-def _measure(config: Data.Config, run: RunConfig, complain: Complain) -> _Measure | None:
-    """None where the model folder itself is at fault; the part that owns it says so."""
+def _context(run: RunConfig, complain: Complain) -> int | None:
+    """Tokens of prompt and response. None where the model folder itself is at fault; the part that owns it says so."""
     folder = run.model.path
     try:
         limit = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
@@ -107,23 +99,4 @@ def _measure(config: Data.Config, run: RunConfig, complain: Complain) -> _Measur
         return None
     if limit is not None and context > limit:
         complain("model.context", f"{context} is more than the {limit} tokens that the model was made for")
-    return _Measure(_lengths(folder, config), context)
-
-
-def _lengths(folder: Path, config: Data.Config) -> Callable[[Any], int]:
-    if not config.chat_template:  # the tokenizer alone, which loads in a fraction of the time
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return lambda prompt: len(tokenizer.encode(prompt).ids)
-    from .rollout import load_tokenizer, tokenize
-
-    whole = load_tokenizer(folder)
-    before = [] if config.system is None else [{"role": "system", "content": config.system}]
-
-    def length(prompt: Any) -> int:
-        return len(
-            tokenize(whole, before + ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt))
-        )
-
-    return length
+    return int(context)

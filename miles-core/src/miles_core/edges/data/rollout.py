@@ -31,7 +31,7 @@ def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
         ids: list[int] = tokenizer.encode(prompt)
         return ids
     if not tokenizer.chat_template:
-        raise Refused("data.chat_template: the tokenizer has no chat template; add one, or give the prompts as text")
+        raise Refused("model.path: the tokenizer has no chat template; add one, or give the prompts as text")
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them already
     return ids

@@ -42,7 +42,7 @@ class Call:
     """One scorer, loaded. ``whole``: it takes all samples of a group at once."""
 
     def __init__(self, scorer: Base, max_tokens: int) -> None:
-        self.budget_s, self.whole = scorer.budget_s, False
+        self.budget_s, self.stop, self.whole = scorer.budget_s, scorer.on_error == "stop", False
         self._file = ""
         if isinstance(scorer, LengthPenalty):
             self._call: Callable[..., Any] = lambda sample: scorer.worth(sum(sample.mask), max_tokens)
@@ -61,9 +61,15 @@ class Call:
 
     def score(self, group: Group, tell: Callable[[Outcome], None]) -> None:
         if not self.whole:
+            failed = False
             for sample in group.samples:
+                if failed and self.stop:
+                    tell((None, "was not scored after one at fault"))
+                    continue
                 value, error = self._budgeted(sample, self.budget_s)
-                tell((None, error) if error else outcome(value))
+                found = (None, error) if error else outcome(value)
+                failed |= found[0] is None
+                tell(found)
             return
         size = len(group.samples)
         values, error = self._budgeted(group, self.budget_s * size)
