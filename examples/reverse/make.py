@@ -2,6 +2,10 @@
 
 Nothing is downloaded. The weights are random, so all the model ever knows it learns from the reward. The same seed
 writes the same bytes, and a folder that this very script has written is left as it is.
+
+A prompt is a string of digits with a letter before each, ``a4b0c9d1>`` for 4091, and the answer is ``1904``. Qwen3
+knows distances between tokens, not places; the letters name the places, and let a model of two layers learn in a
+minute what takes it several without.
 """
 
 from __future__ import annotations
@@ -13,21 +17,25 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-DIGITS = 5
-TRAIN, EVAL = 8192, 256  # prompts; no string of digits is in both
+DIGITS = 4
+TRAIN, EVAL = 8000, 256  # prompts; no string of digits is in both
+LETTERS = "abcdefg"  # 7 letters, 10 digits, ">" and two special tokens make a vocabulary of 20
 SEED = 0
 HERE = Path(__file__).parent
 
 
 def write_prompts(folder: Path) -> None:
-    """``{"prompt": "40917>", "answer": "71904"}`` a line."""
+    """``{"prompt": "a4b0c9d1>", "answer": "1904"}`` a line."""
     numbers = random.Random(SEED).sample(range(10**DIGITS), TRAIN + EVAL)
     for name, part in {"train": numbers[:TRAIN], "eval": numbers[TRAIN:]}.items():
         write_lines(folder / f"{name}.jsonl", (f"{number:0{DIGITS}}" for number in part))
 
 
 def write_lines(path: Path, strings: Iterable[str]) -> None:
-    path.write_text("".join(json.dumps({"prompt": f"{s}>", "answer": s[::-1]}) + "\n" for s in strings))
+    with path.open("w") as file:
+        for string in strings:
+            marked = "".join(map("".join, zip(LETTERS, string, strict=False)))
+            file.write(json.dumps({"prompt": f"{marked}>", "answer": string[::-1]}) + "\n")
 
 
 def write_model(folder: Path) -> int:
@@ -35,33 +43,32 @@ def write_model(folder: Path) -> int:
     import torch
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *"0123456789>"])}
+    disable_progress_bar()
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789", ">", *LETTERS])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))  # no merges: characters
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     ).save_pretrained(folder)
 
     torch.manual_seed(SEED)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=16,
+            vocab_size=len(vocabulary),
             hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
+            intermediate_size=1024,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
             max_position_embeddings=64,
-            initializer_range=0.06,  # about 0.7 / sqrt(hidden_size): so small a model learns slowly from the usual 0.02
+            rope_parameters={"rope_type": "default", "rope_theta": 30.0},  # the usual 10,000 tells 1 from 2 too faintly
+            initializer_range=0.03,
             tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
+            bos_token_id=None,
+            eos_token_id=1,
             pad_token_id=0,
         )
     )

@@ -40,8 +40,8 @@ def data(tmp_path, model):
             parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
         else:
             path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-        tables = {"rollout": {"max_tokens": 4}, **(run or {})}
-        config = RunConfig(algorithm="a", model={"path": str(model)}, seed=seed, **tables)
+        tables = {"model": {"path": str(model)}, "rollout": {"max_tokens": 4}, **(run or {})}
+        config = RunConfig(algorithm="a", seed=seed, **tables)
         return Data(Data.Config(train=path, **keys), config)
 
     return make

@@ -1,6 +1,12 @@
 """What is wrong with a dataset is found before anything starts, and every fault names its file and line."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
+from miles_core.types import Refused
+from pydantic import ValidationError
 
 
 def rows(n=3):
@@ -39,14 +45,58 @@ def test_a_missing_column_names_those_there_are(complaints):
 @pytest.mark.parametrize("value, said", [(5, "this is int"), ("", "is empty"), (None, "this is NoneType")])
 def test_a_prompt_of_the_wrong_type(complaints, value, said):
     (fault,) = complaints([{"prompt": value}])
-    assert fault[1].startswith("train.jsonl:1: prompt: ") and said in fault[1]
+    assert fault[1].startswith("train.jsonl:1: prompt ") and said in fault[1]
 
 
-def test_messages_need_a_template(complaints):
+@pytest.mark.parametrize("messages", [[], ["1"], [{"role": "user"}], [{"role": "user", "content": 1}]])
+def test_messages_of_the_wrong_shape(complaints, messages):
+    assert "train.jsonl:1: prompt must hold messages such as" in complaints([{"prompt": messages}])[0][1]
+
+
+def test_messages_need_a_template(complaints, model, tmp_path):
     chat = [{"prompt": [{"role": "user", "content": "1"}]}]
-    assert "needs data.chat_template = true" in complaints(chat)[0][1]
-    assert complaints(chat, chat_template=True) == []
-    assert "must be messages" in complaints([{"prompt": [{"role": "user"}]}], chat_template=True)[0][1]
+    assert complaints(chat) == complaints(chat, chat_template=True) == []
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    run = {"model": {"path": str(bare)}}
+    assert "train.jsonl:1: is a list of chat messages, but bare has no chat template" in complaints(chat, run=run)[0][1]
+    ((key, said),) = complaints(rows(), run=run, chat_template=True)
+    assert key == "data.chat_template" and "bare has no chat template" in said
+
+
+def test_messages_that_the_template_refuses(complaints, model, tmp_path):
+    strict = shutil.copytree(model, tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    chat = [{"prompt": [{"role": role, "content": "1"}]} for role in ("user", "system")]
+    found = complaints(chat, run={"model": {"path": str(strict)}})
+    assert found == [("data.train", "train.jsonl:2: the chat template refuses it: no system message")]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("text", ["1", "12345", "12:34 a>u", "1" * 30, " 9 " * 12])
+def test_a_prompt_is_measured_as_a_rollout_will(model, chat, text):
+    from miles_core.edges.data.length import Ruler
+    from miles_core.edges.data.rollout import load_tokenizer, tokenize
+
+    prompt = [{"role": "user", "content": text}] if chat else text
+    length = len(tokenize(load_tokenizer(model), prompt))
+    assert Ruler(model, length - 1).excess(prompt) == length
+    assert Ruler(model, length).excess(prompt) is None
+
+
+def test_a_check_imports_neither_transformers_nor_torch(model, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": [{"role": "user", "content": "12345678"}]}\n')
+    code = (
+        "import sys\nfrom miles_core.config import RunConfig\nfrom miles_core.edges.data import Data\n"
+        f"run = RunConfig(algorithm='a', model={{'path': {str(model)!r}}}, rollout={{'max_tokens': 4}})\n"
+        f"data = Data(Data.Config(train={str(tmp_path / 'train.jsonl')!r}), run)\n"
+        "data.miles_check(lambda key, text: print(text))\n"
+        "print({'torch', 'transformers'} & set(sys.modules))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "a prompt of 10 tokens" in said and said.endswith("set()\n")
 
 
 def test_a_prompt_longer_than_the_context(complaints):
@@ -80,6 +130,28 @@ def test_splits_that_contradict(complaints, tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"prompt": "1"}\n')
     assert complaints(rows(), held_out=0.5, eval=tmp_path / "eval.jsonl")[0][0] == "data.held_out"
     assert complaints(rows(), run={"eval": {"every": 5}})[0][0] == "eval.every"
+
+
+def test_no_prompts_at_all(model):
+    from miles_core.config import RunConfig
+    from miles_core.edges.data import Data
+
+    def heard(**keys):
+        found = []
+        Data(Data.Config(), RunConfig(algorithm="a", model={"path": str(model)}, **keys)).miles_check(
+            lambda *fault: found.append(fault)
+        )
+        return [key for key, _ in found]
+
+    assert heard() == heard(use={"prompts": "data"}, plugins=["mine"]) == ["data.train"]
+    assert heard(plugins=["mine"]) == heard(use={"prompts": "mine"}, plugins=["mine"]) == []  # it may answer
+    with pytest.raises(Refused, match="no prompts: set data.train"):
+        Data(Data.Config(), RunConfig(algorithm="a", model={"path": str(model)})).miles_prompts("train", 0)
+
+
+def test_part_of_a_row_cannot_be_held_out(data):
+    with pytest.raises(ValidationError, match="a whole number of rows"):
+        data(rows(), held_out=1.5)
 
 
 def test_not_parquet_and_unknown_suffixes(complaints, tmp_path, data):

@@ -65,6 +65,30 @@ def test_chat(data):
     ]
 
 
+def test_messages_keep_a_system_message_of_their_own(data):
+    own = [{"role": "system", "content": "9"}, {"role": "user", "content": "1"}]
+    plugin = data([{"prompt": own}, {"prompt": own[1:]}], system="0", chat_template=True, shuffle=False)
+    first, second = islice(plugin.miles_prompts("train", 0), 2)
+    assert first.prompt == own
+    assert second.prompt == [{"role": "system", "content": "0"}, own[1]]
+
+
+def test_another_seed_is_another_order_and_another_split(data):
+    def order(seed):
+        plugin = data([{"prompt": str(i)} for i in range(40)], held_out=0.25, seed=seed)
+        return [s.prompt for s in islice(plugin.miles_prompts("train", 0), 30)], [
+            s.prompt for s in plugin.miles_prompts("eval", 0)
+        ]
+
+    assert order(1) == order(1) and order(1)[0] != order(2)[0] and order(1)[1] != order(2)[1]
+
+
+def test_a_file_that_changed_after_the_check_is_named(data, tmp_path):
+    plugin = data([{"question": "1"}])
+    with pytest.raises(Refused, match=r"train.jsonl:1: no column 'prompt'; the row has 'question'"):
+        next(plugin.miles_prompts("train", 0))
+
+
 class Engine:
     """Answers every request with the same tokens, and keeps the requests."""
 

@@ -42,7 +42,7 @@ class Ruler:
     def excess(self, prompt: str | list[Message]) -> int | None:
         """The prompt's tokens where they are more than the room, else None. Raises TemplateRefused."""
         chat = not isinstance(prompt, str)
-        text = self._render(prompt) if chat else prompt
+        text = prompt if isinstance(prompt, str) else self._render(prompt)
         # No token stands for less than a byte, so most prompts need no tokenizer to be seen to fit.
         if text is None or len(text.encode(errors="replace")) + SPECIAL <= self._room:
             return None

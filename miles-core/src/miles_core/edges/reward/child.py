@@ -1,9 +1,9 @@
 """A process that scores, and may be killed: ``python -m miles_core.edges.reward.child FD``, frames on that socket.
 
-The first frame is what to score with, answered by which of it takes a whole group. Each later one is (name, group),
-answered by an outcome a sample as soon as there is one, so that the parent always knows which sample is being scored.
-A signal ends a sample that runs over its budget; what no signal reaches, such as a regular expression that backtracks
-inside C, the parent ends by killing this process.
+The first frame is what to score with, answered by which scorers take a whole group. Each later one is (name, id of
+the group, fields of each sample), answered by one outcome a sample as soon as there is one, so that the parent always
+knows which sample is being scored. A signal ends a sample that runs over its budget; what no signal reaches, such as
+one long loop inside C, the parent ends by killing this process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ...types import Group
+from ...types import Group, Sample
 from .kinds import Base, Function, LengthPenalty, Math, Outcome, outcome
 
 PR_SET_PDEATHSIG = 1
@@ -130,11 +130,12 @@ def main() -> None:
     parent.sendall(frame({name: call.whole for name, call in calls.items()}))
     with contextlib.suppress(struct.error, BrokenPipeError, ConnectionResetError):  # the parent closed the socket
         while True:
-            name, group = read()
+            name, group, views = read()
             if name in calls:
-                calls[name].score(group, lambda found: parent.sendall(frame(found)))
+                samples = [Sample(**view) for view in views]
+                calls[name].score(Group(group, samples), lambda found: parent.sendall(frame(found)))
             else:
-                parent.sendall(frame(broken[name]) * len(group.samples))
+                parent.sendall(frame(broken[name]) * len(views))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from decimal import Decimal
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -48,10 +49,10 @@ class Base(Table):
         """What a check can find without running anything."""
         return None
 
-    def view(self, sample: Sample) -> Sample:
-        """What of ``sample`` has to cross to another process: token lists are long, and most kinds read none."""
+    def view(self, sample: Sample) -> dict[str, Any]:
+        """Fields of ``sample`` that have to cross to another process: token lists are long, most kinds read none."""
         info = {self.answer: sample.info[self.answer]} if self.answer in sample.info else {}
-        return Sample(id=sample.id, info=info, **{name: getattr(sample, name) for name in self.reads})
+        return {"id": sample.id, "info": info} | {name: getattr(sample, name) for name in self.reads}
 
     def label(self, sample: Sample) -> str:
         """Raises LookupError when the row has none."""
@@ -195,8 +196,8 @@ class Function(Base):
         file, _, name = str(self.path).rpartition(":")
         return Path(file), name
 
-    def view(self, sample: Sample) -> Sample:
-        return sample
+    def view(self, sample: Sample) -> dict[str, Any]:
+        return {field.name: getattr(sample, field.name) for field in fields(Sample)}
 
     def fault(self) -> Fault | None:
         file, name = self.file_and_name

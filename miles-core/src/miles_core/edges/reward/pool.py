@@ -14,7 +14,7 @@ from ...types import Group
 from .child import HEAD, frame
 from .kinds import Base, Outcome
 
-PATIENCE_S = 0.1  # that a group waits for a free process before one more is started
+PATIENCE_S = 0.5  # that a group waits for a free process before one more is started
 GRACE_S = 1.0  # beyond a sample's budget, before its process is taken to hang where no signal reaches it
 START_S = 120.0  # for a process to start and to import what its scorers need
 
@@ -44,8 +44,8 @@ class Pool:
         while left:
             child = await self._take()
             try:
-                ask = name, Group(group.id, [scorer.view(sample) for sample in left])
-                found, fault = await child.ask(frame(ask), name, len(left), scorer.budget_s)
+                request = frame((name, group.id, [scorer.view(sample) for sample in left]))
+                found, fault = await child.ask(request, name, len(left), scorer.budget_s)
             except BaseException:  # cancelled: the next group must not get this one's outcomes
                 self._end(child)
                 raise
