@@ -15,8 +15,8 @@ import shutil
 from itertools import product
 from pathlib import Path
 
-TRAIN, EVAL, SHOWN = 7500, 500, 2000  # sums; those held out are in no other set, those shown are not trained on again
-WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_LR = 300, 64, 1e-3
+TRAIN, EVAL, SHOWN = 5600, 500, 2000  # sums; those held out are in no other set, those shown are not trained on again
+WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_LR = 240, 64, 1e-3
 SEED = 0
 HERE = Path(__file__).parent
 Sum = tuple[int, int]
@@ -109,7 +109,7 @@ def main() -> None:
         return
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
-    sums = random.Random(SEED).sample(list(product(range(100), repeat=2)), TRAIN + EVAL + SHOWN)
+    sums = random.Random(SEED).sample(list(product(range(10, 100), repeat=2)), TRAIN + EVAL + SHOWN)
     write_prompts(data / "train.jsonl", sums[:TRAIN])
     write_prompts(data / "eval.jsonl", sums[TRAIN : TRAIN + EVAL])
     parameters = write_model(data / "model", sums[TRAIN + EVAL :])

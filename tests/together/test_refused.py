@@ -1,7 +1,6 @@
 """Bad input at run time: status 2, one readable line, nothing left running."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -45,15 +44,6 @@ def test_a_scorer_that_raises_names_the_sample(runs):
     keys = ["reward.mine.kind=python", "reward.mine.path=./scorer.py:score", "eval.every=0"]
     err = runs.run("bad-scorer", *(x for key in keys for x in ("--set", key)), expect=2).stderr
     assert "mine" in err and "1/0" in err and "ZeroDivisionError" in err and "Traceback" not in err
-
-
-def test_a_full_disk(runs):
-    """Every write to the metrics file fails as it would on a full disk."""
-    folder = runs.folder / "full"
-    folder.mkdir()
-    os.symlink("/dev/full", folder / "metrics.jsonl")
-    err = runs.run("full", "--resume", expect=2).stderr
-    assert "No space left on device" in err and "metrics.jsonl" in err and "Traceback" not in err
 
 
 def test_a_run_folder_that_cannot_be_written(runs):
