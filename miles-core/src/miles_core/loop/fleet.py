@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
 from ..plugins import Manifest, Registry
-from ..types import Group, Layout, Role
+from ..types import Column, Group, Layout
 from .batch import Unit, count, distribute, pack
 
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
@@ -22,9 +21,7 @@ class Fleet:
     layouts: list[Layout]
     engines: list[Worker]
     rollouts: list[Worker]
-    hooks: Registry
-    roles: dict[str, Role]
-    columns: dict[str, Any]
+    columns: dict[str, Column]
 
     async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
         """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
@@ -87,4 +84,4 @@ async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
 
     (trained, layouts), (served, rolling) = await asyncio.gather(trainers(), samplers())
     await everyone(trained, "connect", served)
-    return Fleet(cluster, trained, layouts, served, rolling, hooks, roles, columns)
+    return Fleet(cluster, trained, layouts, served, rolling, columns)
