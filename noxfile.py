@@ -141,7 +141,7 @@ def build(session: nox.Session, package: str) -> None:
     for name in dict.fromkeys(("miles-core", package)):  # a plugin's wheel needs this checkout's core beside it
         session.run("uv", "build", name, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
                     "--build-constraints", "constraints.txt")  # fmt: skip
-    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.glob("*.[wt]*"))))
     wheels = sorted(map(str, dist.glob("*.whl")))
     for wheel in wheels:
         session.log(f"{Path(wheel).name}: {', '.join(sorted(ZipFile(wheel).namelist()))}")

@@ -78,7 +78,7 @@ def evaluation(groups: list[Group], accuracy: str | None) -> dict[str, float]:
 
     Raises Refused when ``accuracy`` names none of them.
     """
-    raw: list[dict[str, float]] = [s.info.get("raw_rewards", s.rewards) for g in groups for s in g.samples]
+    raw: list[dict[str, float]] = [s.rewards | s.info.get("raw_rewards", {}) for g in groups for s in g.samples]
     if accuracy is not None and accuracy not in raw[0]:
         raise Refused(f"eval.accuracy = {accuracy!r} is none of the rewards given: {', '.join(raw[0])}")
     means = {f"eval/{name}": fmean(float(r[name]) for r in raw) for name in raw[0]}

@@ -7,7 +7,6 @@ stops the run, unless its table says ``on_error = "fail"``: ``failure_value`` ta
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, model_validator
@@ -72,6 +71,8 @@ class Reward(Plugin):
     @hookimpl
     async def miles_reward(self, group: Group, evaluating: bool) -> dict[str, list[float]]:
         """Raises RewardError, naming reward and sample."""
+        import asyncio  # here, since `miles plugins` is quicker without
+
         scorers = self.config.scorers
         asked = [asyncio.ensure_future(self._score(name, scorer, group)) for name, scorer in scorers.items()]
         try:
