@@ -145,7 +145,7 @@ def build(session: nox.Session, package: str) -> None:
     wheels = sorted(map(str, dist.glob("*.whl")))
     for wheel in wheels:
         session.log(f"{Path(wheel).name}: {', '.join(sorted(ZipFile(wheel).namelist()))}")
-    fresh = session.create_tmp() + "/installed"
+    fresh = str(Path(session.create_tmp()).resolve() / "installed")
     session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, fresh)
     session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *wheels)
     with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
