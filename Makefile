@@ -28,5 +28,5 @@ $(NOX): constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; say make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Setting up nox and uv in .venv"
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt "nox>=2025.5,<2027" "uv>=0.8,<0.14"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "nox>=2025.5,<2027" "uv>=0.8,<0.14"
 	@touch $@

@@ -98,7 +98,7 @@ def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None
     module.load_state_dict(state["model"])
     if trained is not None:
         trained.optimizer.load_state_dict(state["optimizer"])
-        _separate_step_counts(trained.optimizer)
+        _restore_step_counts(trained.optimizer)
         trained.scheduler.num_steps = 0  # loading adds the checkpoint's count to it
         trained.scheduler.load_state_dict(state["scheduler"])
     _set_random_states(state["random"])
@@ -156,12 +156,19 @@ def _described(layout: dict[str, int] | None) -> str:
     return f"{layout['world']} ranks (tensor {layout['tensor']}, pipeline {layout['pipeline']})"
 
 
-def _separate_step_counts(optimizer: MegatronOptimizer) -> None:
-    """Megatron gives every parameter the same count tensor, which PyTorch's Adam then increments once for each."""
+def _restore_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own count of Adam's steps, which corrects its bias.
+
+    Megatron reads the count into the parameter groups, where PyTorch's Adam does not look; and where it reads it into
+    the parameters, they all get one tensor, which Adam then increments once for each.
+    """
     for part in optimizer.chained_optimizers:
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        for group in part.optimizer.param_groups:
+            count = group.pop("step", None)
+            for parameter in group["params"]:
+                state = part.optimizer.state.get(parameter, {})
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone() if count is None else torch.full_like(state["step"], count)
 
 
 def _random_states() -> dict[str, Any]:
