@@ -172,9 +172,9 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def bench_trl(session: nox.Session) -> None:
-    """Miles against TRL's GRPOTrainer, which gets an environment of its own with the same torch and transformers."""
+    """Miles against TRL's GRPOTrainer, which gets an environment of its own with the same torch."""
     prepare(session, *editable("miles-core", "miles-plugin-grpo"))
     trl = f"{session.create_tmp()}/trl"
     session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, trl)
-    session.run("uv", "pip", "install", "--quiet", "--python", trl, *CONSTRAINTS, "trl")
+    session.run("uv", "pip", "install", "--quiet", "--python", trl, "trl==1.16.0", "torch==2.11.0")
     session.run("python", "benchmarks/trl/compare.py", "--trl-python", f"{trl}/bin/python", *session.posargs)

@@ -49,7 +49,7 @@ def write(folder: Path, hidden: int, layers: int) -> int:
         Qwen3Config(
             vocab_size=256, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=64,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=300, pad_token_id=0,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )
     )  # fmt: skip
     model.save_pretrained(folder / "model")
