@@ -18,6 +18,7 @@ import random
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -76,7 +77,7 @@ def miles(folder: Path, steps: int, seed: int, lr: float, mode: str) -> dict[str
     subprocess.run(ask + [x for k, v in keys.items() for x in ("--set", f"{k}={v}")], check=True, capture_output=True)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
-        "step_s": [row["time/step"] for row in rows],
+        "step_s": [after["time_s"] - before["time_s"] for before, after in pairwise(rows)],
         "reward": [row["reward/mean"] for row in rows],
         "tokens": [row["rollout/tokens"] for row in rows],
     }

@@ -227,23 +227,21 @@ class Registry:
                 part(**args)
 
         def merge(**args: Any) -> dict[str, Any]:
-            return merged((name, answer) for name, part in parts.items() for answer in part(**args))
+            return merged(part(**args) for part in parts.values())
 
         async def merge_async(**args: Any) -> dict[str, Any]:
             import asyncio  # here, since `miles plugins` is quicker without
 
-            answers = await asyncio.gather(*(part(**args) for part in parts.values()))
-            return merged((name, answer) for name, listed in zip(parts, answers, strict=True) for answer in listed)
+            return merged(await asyncio.gather(*(part(**args) for part in parts.values())))
 
-        def merged(answers: Iterable[tuple[str, dict[str, Any] | None]]) -> dict[str, Any]:
-            result: dict[str, Any] = {}
-            source: dict[str, str] = {}
-            for name, answer in answers:
-                for key, value in (answer or {}).items():
-                    if key in source:
-                        raise PluginError(f"{source[key]} and {name} both answer {key!r} in {hook}")
-                    result[key], source[key] = value, name
-            return result
+        def merged(answers: Iterable[list[dict[str, Any] | None]]) -> dict[str, Any]:
+            result: dict[str, tuple[str, Any]] = {}
+            for name, listed in zip(parts, answers, strict=True):
+                for key, value in ((key, value) for answer in listed if answer for key, value in answer.items()):
+                    if key in result:
+                        raise PluginError(f"{result[key][0]} and {name} both answer {key!r} in {hook}")
+                    result[key] = name, value
+            return {key: value for key, (_, value) in result.items()}
 
         merging = merge_async if inspect.iscoroutinefunction(spec) else merge
         return {"merge": merging, "first": first, "event": event}[spec.kind]

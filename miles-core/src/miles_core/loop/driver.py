@@ -18,7 +18,6 @@ checkpoints are written, only while ``rollouts`` rests: a run that is resumed go
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import signal
@@ -27,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from ..config import RunConfig
 from ..edges.protocols import RunState, Store, WorkerDied, everyone
@@ -108,7 +108,7 @@ class Loop:
     def __init__(self, run: RunConfig, hooks: Registry, fleet: Fleet, store: Store, run_dir: Path) -> None:
         self.run, self.hooks, self.fleet, self.store, self.run_dir = run, hooks, fleet, store, run_dir
         self.state, self.weights = RunState(), Weights(0)
-        self.ready: asyncio.Queue[tuple[list[Group], dict[str, float]]] = asyncio.Queue()
+        self.ready: asyncio.Queue[tuple[list[Group], dict[str, float], Any]] = asyncio.Queue()  # what hand puts in
         self.prompts: Iterator[Sample] = iter(())
         self.began = time.perf_counter()
 
@@ -119,8 +119,8 @@ class Loop:
             await everyone(self.fleet.ranks, "load", str(folder))
             self.hooks.restore(state=self.state.plugins)
             self.hooks.progress(text=f"going on after step {self.state.step}, from {folder}")
-        for item in self.state.waiting:
-            self.ready.put_nowait(item)
+        for groups, metrics in self.state.waiting:
+            await self.hand(groups, metrics)
         self.prompts = self.hooks.prompts(split="train", start=self.state.cursor)
         self.weights = Weights(self.state.step)
         await self.fleet.push(self.state.step, verify=True)  # also proves, before any step, that weights arrive
@@ -147,8 +147,13 @@ class Loop:
         """Consumes prompts, produces groups. Waits for weights new enough. Unblocked by ``steps``."""
         for step in range(self.state.step + 1 + self.ready.qsize(), self.run.steps + 1):
             await self.weights.reach(step - 1 - self.run.max_staleness)
-            self.ready.put_nowait(await self.gather(step))
+            await self.hand(*await self.gather(step))
         self.weights.rest()
+
+    async def hand(self, groups: list[Group], metrics: dict[str, float]) -> None:
+        """Queue a step's groups, packed and within reach of the ranks, so that a free trainer waits for nothing."""
+        payload = await self.fleet.share(self.updates(groups), self.run.batch.micro_tokens)
+        self.ready.put_nowait((groups, metrics, payload))
 
     async def gather(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of one step: those dropped are replaced by other prompts until there are enough."""
@@ -171,6 +176,9 @@ class Loop:
                     dropped[reason] += 1
             if len(kept) == self.run.batch.groups:
                 metrics: dict[str, float] = self.hooks.metrics(step=step, groups=seen, evaluating=False)
+                for group, scores in zip(kept, self.hooks.score(groups=kept), strict=True):
+                    for sample, score in zip(group.samples, scores, strict=True):
+                        sample.score = score
                 return kept, metrics | times | {"rollout/dropped_groups": float(dropped.total())}
             if wave == PATIENCE and not kept:
                 why = ", ".join(f"{n} because {reason}" for reason, n in dropped.items())
@@ -182,21 +190,17 @@ class Loop:
         if sample is None:
             raise Refused(f"the training prompts ended after {self.state.cursor}; the run needs more for its steps")
         self.state.cursor += 1
-        return numbered(sample, self.state.cursor, self.run.batch.group_size, self.seed)
-
-    def seed(self, *what: int) -> int:
-        """A seed for one attempt at one prompt: the same in every run of this seed, wherever it was resumed."""
-        key = "/".join(map(str, (self.run.seed, *what))).encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+        return numbered(sample, self.state.cursor, self.run.batch.group_size, self.run.seed)
 
     # -- steps ---------------------------------------------------------------------------------------------------
     async def steps(self) -> None:
         """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
+        told = time.perf_counter()
         for step in range(self.state.step + 1, self.run.steps + 1):
             began = time.perf_counter()
-            groups, metrics = await self.ready.get()
+            _, metrics, payload = await self.ready.get()
             waited = time.perf_counter() - began
-            metrics |= await self.fleet.train(step, self.updates(groups), self.run.batch.micro_tokens)
+            metrics |= await self.fleet.train(step, payload)
             resting = time.perf_counter()
             await self.weights.resting()
             waited += time.perf_counter() - resting
@@ -209,7 +213,8 @@ class Loop:
             if self.due(self.run.checkpoint.every, step) or step == self.run.steps:
                 folder, saving = await self.save()
                 metrics |= saving
-            metrics |= self.times(metrics, waited, time.perf_counter() - began)
+            began, told = told, time.perf_counter()  # a step lasts from one line of metrics to the next
+            metrics |= self.times(metrics, waited, told - began)
             self.hooks.step_end(step=step, metrics=metrics)
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
                 self.hooks.saved(step=step, folder=self.store.commit(folder, self.state))
@@ -219,9 +224,6 @@ class Loop:
 
     def updates(self, groups: list[Group]) -> list[list[list[Sample]]]:
         """The step's samples as units, dealt into its optimizer updates by whole groups."""
-        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
-            for sample, score in zip(group.samples, scores, strict=True):
-                sample.score = score
         n = self.run.batch.updates
         dealt: list[list[list[Sample]]] = []
         for i in range(n):
@@ -237,7 +239,7 @@ class Loop:
         """Sample the held-out split once with the weights the engines have."""
         began = time.perf_counter()
         prompts = islice(self.hooks.prompts(split="eval", start=0), self.run.eval.prompts)
-        groups = [numbered(sample, i, 1, self.seed) for i, sample in enumerate(prompts)]
+        groups = [numbered(sample, i, 1, self.run.seed) for i, sample in enumerate(prompts)]
         if not groups:
             raise Refused("eval.every is set, but there are no held-out prompts")
         groups, _ = await self.fleet.roll(groups, evaluating=True)
@@ -251,9 +253,10 @@ class Loop:
         began = time.perf_counter()
         folder = self.store.begin(self.state.step)
         await everyone(self.fleet.ranks, "save", str(folder))
-        self.state.waiting = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
-        for item in self.state.waiting:
+        items = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
+        for item in items:
             self.ready.put_nowait(item)
+        self.state.waiting = [(groups, metrics) for groups, metrics, _ in items]
         self.state.plugins = self.hooks.state()
         return folder, {"time/checkpoint": time.perf_counter() - began}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
 from ..plugins import Manifest, Registry
@@ -32,15 +33,19 @@ class Fleet:
         seconds = {f"time/{kind}": max(took[kind] for _, took in answers) for kind in ("sample", "reward")}
         return [group for part, _ in answers for group in part], seconds
 
-    async def train(self, step: int, updates: list[list[Unit]], budget: int) -> dict[str, float]:
-        """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
+    async def share(self, updates: list[list[Unit]], budget: int) -> Any:
+        """A step's updates, packed for the data-parallel ranks, where every rank can read them."""
         size = self.layouts[0].dp_size
         payload = []
         for units in updates:
             counts = count(units)
             rows = distribute(units, size, budget)
             payload.append([([pack(row, self.columns) for row in mine], counts) for mine in rows])
-        answers = await everyone(self.ranks, "train", step, await self.cluster.share(payload))
+        return await self.cluster.share(payload)
+
+    async def train(self, step: int, payload: Any) -> dict[str, float]:
+        """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
+        answers = await everyone(self.ranks, "train", step, payload)
         reports = [answer for answer, layout in zip(answers, self.layouts, strict=True) if layout.reports]
         metrics: dict[str, float] = {}
         for name in reports[0]:

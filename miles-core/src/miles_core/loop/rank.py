@@ -27,6 +27,7 @@ class TrainingRank:
         self._run = next(iter(self._hooks.plugins.values())).run
         self._rank, self._world, self._columns = rank, world, columns
         self._roles = {"policy": Role(trained=True), **roles}
+        self._trained = [name for name, role in self._roles.items() if role.trained]
         self._models: dict[str, Model] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -63,9 +64,8 @@ class TrainingRank:
         self._fill_columns(batches)
         meter = Meter(len(batches))
         for rows in batches:
-            for name, role in self._roles.items():
-                if role.trained:
-                    self._update(step, name, rows, meter)
+            for name in self._trained:
+                self._update(step, name, rows, meter)
         took = {"time/train": time.perf_counter() - began}
         return (meter.read() if self._models["policy"].layout.reports else {}) | took
 
@@ -115,8 +115,7 @@ class TrainingRank:
         model = self._models[name]
         model.run(batches, self._through(name), loss)
         metrics, skipped = model.step(lambda norm: self._veto(name, step, norm))
-        for key, value in metrics.items():
-            meter.set(prefix + key, value)
+        meter.last |= {prefix + key: value for key, value in metrics.items()}
         meter.add(prefix + "skipped_updates", float(skipped is not None) * meter.updates)
 
     def _veto(self, role: str, step: int, grad_norm: float) -> str | None:
@@ -135,14 +134,12 @@ class TrainingRank:
             return self._transport.send(self._hooks.export(role="policy", model=self._models["policy"]), verify)
 
     def save(self, folder: str) -> None:
-        for name, role in self._roles.items():
-            if role.trained:
-                self._models[name].save(Path(folder) / name)
+        for name in self._trained:
+            self._models[name].save(Path(folder) / name)
 
     def load(self, folder: str) -> None:
-        for name, role in self._roles.items():
-            if role.trained:
-                self._models[name].load(Path(folder) / name)
+        for name in self._trained:
+            self._models[name].load(Path(folder) / name)
 
     def save_hf(self, folder: str) -> None:
         self._models["policy"].save_hf(Path(folder))
@@ -154,15 +151,11 @@ class Meter:
     def __init__(self, updates: int) -> None:
         self.updates = updates
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._last: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # what every rank knows whole; the step's last one counts
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
         value = value.detach() if isinstance(value, torch.Tensor) else value
         self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def set(self, name: str, value: float) -> None:
-        """A value that every rank knows whole; the last one of the step counts."""
-        self._last[name] = value
-
     def read(self) -> dict[str, float]:
-        return {name: float(value) / self.updates for name, value in self._sums.items()} | self._last
+        return {name: float(value) / self.updates for name, value in self._sums.items()} | self.last

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from importlib import import_module
-from typing import Any
 
 from ..edges.protocols import Engine, Worker
 from ..plugins import Manifest
@@ -74,10 +74,11 @@ def _check_reward(name: str, values: list[float], group: Group) -> None:
             raise Refused(f"reward {name}, sample {sample.id}: {value!r} is not a finite number")
 
 
-def numbered(sample: Sample, group: int, attempts: int, seeds: Any) -> Group:
-    """A group of ``attempts`` copies of one prompt, each with its id and its own seed."""
-    info, tokens = sample.info, sample.tokens
-    return Group(
-        group,
-        [Sample(sample.prompt, dict(info), f"{group}/{i}", seeds(group, i), list(tokens)) for i in range(attempts)],
-    )
+def numbered(sample: Sample, group: int, attempts: int, seed: int) -> Group:
+    """A group of ``attempts`` copies of one prompt, each with its id and its own seed, the same wherever resumed."""
+
+    def attempt(i: int) -> Sample:
+        drawn = int.from_bytes(hashlib.blake2b(f"{seed}/{group}/{i}".encode(), digest_size=7).digest())
+        return Sample(sample.prompt, dict(sample.info), f"{group}/{i}", drawn, list(sample.tokens))
+
+    return Group(group, [attempt(i) for i in range(attempts)])

@@ -60,7 +60,10 @@ class SwiGLU(torch.nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Writes both halves of the gradient where they belong, instead of joining them afterwards."""
+    """Writes the gradient over its input, which nobody else keeps: no memory to find, no halves to join.
+
+    A second backward pass through it raises, because PyTorch sees that the saved tensor has changed.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -70,10 +73,9 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         gate, up = x.chunk(2, dim=-1)
-        out = torch.empty_like(x)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(torch.nn.functional.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return out
+        grad_silu = grad * up
+        torch.mul(torch.nn.functional.silu(gate), grad, out=up)
+        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=gate)
+        return x
