@@ -88,7 +88,7 @@ def steady(run: dict[str, list[float]]) -> float:
     return SAMPLES / median(run["step_s"][WARM:-1])
 
 
-def compare(python: str, size: str, seeds: int, steps: int, lr: float) -> dict[str, Any]:
+def compare(python: str, size: str, seeds: int, steps: int, lr: float, modes: list[str]) -> dict[str, Any]:
     folder = HERE / "work"
     parameters = write(folder, *SIZES[size])
     probe = {threads: steady(trl(python, folder, 30, 99, threads, lr)) for threads in (1, 2)}
@@ -96,7 +96,7 @@ def compare(python: str, size: str, seeds: int, steps: int, lr: float) -> dict[s
     rows = []
     for seed in range(seeds):
         sides = {"trl": trl(python, folder, steps, seed, threads, lr)}
-        for mode in ("sync", "overlap"):
+        for mode in modes:
             sides[mode] = miles(folder, steps, seed, lr, mode)
         row: dict[str, Any] = {"seed": seed}
         for name, run in sides.items():
@@ -109,9 +109,8 @@ def compare(python: str, size: str, seeds: int, steps: int, lr: float) -> dict[s
         rows.append(row)
         print(json.dumps(row), flush=True)
     ratio = {
-        m: round(median(r[m]["samples_per_s"] / r["trl"]["samples_per_s"] for r in rows), 3)
-        for m in sides
-        if m != "trl"
+        mode: round(median(row[mode]["samples_per_s"] / row["trl"]["samples_per_s"] for row in rows), 3)
+        for mode in modes
     }
     return {
         "size": size, "parameters": parameters, "steps": steps, "lr": lr, "trl_threads": threads,
@@ -127,9 +126,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--modes", nargs="+", choices=("sync", "overlap"), default=["sync", "overlap"])
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     asked = parser.parse_args()
-    result = compare(asked.trl_python, asked.size, asked.seeds, asked.steps, asked.lr)
+    result = compare(asked.trl_python, asked.size, asked.seeds, asked.steps, asked.lr, asked.modes)
     asked.out.mkdir(exist_ok=True)
     (asked.out / f"trl-{asked.size}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["ratio"]))

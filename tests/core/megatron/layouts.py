@@ -4,6 +4,7 @@ import random
 import shutil
 import sys
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,23 @@ def summed(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return float(total)
+
+
+def check_logits(folder: Path, table: dict, case: dict) -> None:
+    """All sequences in one row: the logits of each are those of transformers in float32, alone."""
+    from miles_core.edges.megatron.attention import row
+
+    _, model = built(folder, table, 1, SGD, trained=False)
+    sequences = case["sequences"]
+    packed = row([0, *accumulate(map(len, sequences))], torch.device("cpu"))
+    with device.running(), torch.no_grad():
+        packed.cos, packed.sin = model.module.rotary(packed.positions, torch.float32)
+        tokens = torch.tensor([[token for sequence in sequences for token in sequence]])
+        logits = model.module(
+            input_ids=tokens, position_ids=packed.positions[None], attention_mask=None, packed_seq_params=packed
+        )
+    for found, expected in zip(logits[0].split(list(map(len, sequences))), case["logits"], strict=True):
+        assert (found[:, : expected.shape[1]] - expected).abs().max() < 1e-4
 
 
 def check_gradients(folder: Path, table: dict, case: dict, split: str) -> None:
@@ -211,6 +229,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     cases = torch.load(folder / "cases.pt")
     for number, table in enumerate(ONE if world == 1 else TWO):
         for name, case in cases.items():
+            if world == 1:
+                check_logits(folder / name, table, case)
             check_gradients(folder / name, table, case, "packed")
             if name == "qwen3":
                 check_gradients(folder / name, table, case, "single")

@@ -31,8 +31,9 @@ def case(folder: Path, config, model, settings: dict, temperature: float = 0.8) 
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.15)
     net.save_pretrained(folder)
-    net = net.double()
     sequences = [torch.randint(0, SIZES["vocab_size"], (length,)) for length in LENGTHS]
+    logits = [net(tokens[None]).logits[0].detach() for tokens in sequences]
+    net = net.double()
     weights = [torch.randn(length) * (torch.rand(length) < 0.7) for length in LENGTHS]
     total = torch.zeros((), dtype=torch.float64)
     for tokens, weight in zip(sequences, weights, strict=True):
@@ -47,6 +48,7 @@ def case(folder: Path, config, model, settings: dict, temperature: float = 0.8) 
         "sequences": [s.tolist() for s in sequences],
         "weights": [w.tolist() for w in weights],
         "temperature": temperature,
+        "logits": logits,
         "loss": float(total.detach()),
         "gradients": gradients,
         "norm": float(torch.stack([g.norm() for g in gradients.values()]).norm()),

@@ -22,7 +22,7 @@ import json
 import math
 import signal
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -33,7 +33,6 @@ from ..edges.protocols import RunState, Store, WorkerDied, everyone
 from ..plugins import Manifest, Registry
 from ..types import Group, Refused, Sample
 from .fleet import Fleet, start
-from .rollout import numbered
 
 PATIENCE = 50  # waves of prompts without one group to train on, before the run is called hopeless
 
@@ -159,13 +158,12 @@ class Loop:
         """The groups of one step: those dropped are replaced by other prompts until there are enough."""
         kept: list[Group] = []
         dropped: Counter[str] = Counter()
-        times: dict[str, float] = defaultdict(float)
+        times: dict[str, float] = {}
         seen: list[Group] = []
         for wave in count(1):
             fresh = [self.next_group() for _ in range(self.run.batch.groups - len(kept))]
             groups, seconds = await self.fleet.roll(fresh)
-            for name, spent in seconds.items():
-                times[name] += spent
+            times = {name: times.get(name, 0.0) + spent for name, spent in seconds.items()}
             seen += groups
             for group in groups:
                 reason = self.hooks.drop_group(group=group)
@@ -190,7 +188,7 @@ class Loop:
         if sample is None:
             raise Refused(f"the training prompts ended after {self.state.cursor}; the run needs more for its steps")
         self.state.cursor += 1
-        return numbered(sample, self.state.cursor, self.run.batch.group_size, self.run.seed)
+        return Group(self.state.cursor, [sample])
 
     # -- steps ---------------------------------------------------------------------------------------------------
     async def steps(self) -> None:
@@ -239,7 +237,7 @@ class Loop:
         """Sample the held-out split once with the weights the engines have."""
         began = time.perf_counter()
         prompts = islice(self.hooks.prompts(split="eval", start=0), self.run.eval.prompts)
-        groups = [numbered(sample, i, 1, self.run.seed) for i, sample in enumerate(prompts)]
+        groups = [Group(i, [sample]) for i, sample in enumerate(prompts)]
         if not groups:
             raise Refused("eval.every is set, but there are no held-out prompts")
         groups, _ = await self.fleet.roll(groups, evaluating=True)

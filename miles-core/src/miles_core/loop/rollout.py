@@ -19,19 +19,21 @@ class RolloutWorker:
     def __init__(self, manifest: Manifest, engines: list[Worker], client: str) -> None:
         self._hooks = manifest.registry("rollout")
         module, _, name = client.partition(":")
-        timeout = next(iter(self._hooks.plugins.values())).run.rollout.timeout_s
-        self._engine: Engine = getattr(import_module(module), name)(engines, timeout)
+        self._run = next(iter(self._hooks.plugins.values())).run
+        self._engine: Engine = getattr(import_module(module), name)(engines, self._run.rollout.timeout_s)
         self._hooks.rollout_start()
 
     async def roll(self, groups: list[Group], evaluating: bool) -> tuple[list[Group], dict[str, float]]:
-        """Consumes prompts, produces the same groups sampled and rewarded, and the wall seconds of each.
+        """Consumes groups of one sample, the prompt; produces them whole, sampled and rewarded, and the wall seconds.
 
         Rewarding counts from the moment that nothing is sampling any more. Raises what a rollout or a reward raised;
         the other groups are then given up.
         """
         sampled: list[float] = []
         began = time.perf_counter()
-        tasks = [asyncio.ensure_future(self._one(group, evaluating, sampled)) for group in groups]
+        attempts = 1 if evaluating else self._run.batch.group_size
+        whole = (numbered(group, attempts, self._run.seed) for group in groups)
+        tasks = [asyncio.ensure_future(self._one(group, evaluating, sampled)) for group in whole]
         try:
             done = list(await asyncio.gather(*tasks))
         finally:
@@ -74,11 +76,12 @@ def _check_reward(name: str, values: list[float], group: Group) -> None:
             raise Refused(f"reward {name}, sample {sample.id}: {value!r} is not a finite number")
 
 
-def numbered(sample: Sample, group: int, attempts: int, seed: int) -> Group:
-    """A group of ``attempts`` copies of one prompt, each with its id and its own seed, the same wherever resumed."""
+def numbered(group: Group, attempts: int, seed: int) -> Group:
+    """``attempts`` copies of the group's prompt, each with its id and its own seed, the same wherever resumed."""
+    [prompt] = group.samples
 
     def attempt(i: int) -> Sample:
-        drawn = int.from_bytes(hashlib.blake2b(f"{seed}/{group}/{i}".encode(), digest_size=7).digest())
-        return Sample(sample.prompt, dict(sample.info), f"{group}/{i}", drawn, list(sample.tokens))
+        drawn = int.from_bytes(hashlib.blake2b(f"{seed}/{group.id}/{i}".encode(), digest_size=7).digest())
+        return Sample(prompt.prompt, dict(prompt.info), f"{group.id}/{i}", drawn, list(prompt.tokens))
 
-    return Group(group, [attempt(i) for i in range(attempts)])
+    return Group(group.id, [attempt(i) for i in range(attempts)])
