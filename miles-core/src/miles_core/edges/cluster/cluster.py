@@ -52,7 +52,7 @@ class RayCluster:
 
     async def share(self, value: Any) -> Any:
         await self._session.answer(self._start_timeout)
-        return await asyncio.to_thread(_ray().put, value)
+        return _ray().put(value)  # a copy into shared memory: a thread for it costs more than it
 
     async def close(self) -> None:
         if not self._session.owned:

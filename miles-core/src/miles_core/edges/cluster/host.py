@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import sys
@@ -71,6 +72,7 @@ class Host:
         if isinstance(made, Failure):
             return made
         self._object = made
+        gc.freeze()  # what was imported stays: collections need not walk it again
         return None
 
     async def call(self, caller: str, number: int, method: str, *args: Any) -> Any:

@@ -49,6 +49,8 @@ class Session:
 
     async def answer(self, timeout: float) -> None:
         """Wait for Ray. Raises Refused where it did not answer in ``timeout`` seconds, or will not."""
+        if self.ready.done():
+            return self.ready.result()
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.wrap_future(self.ready)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ...hookspecs import hookimpl
@@ -56,13 +56,14 @@ def rollouts(groups: list[Group], step: int) -> dict[str, float]:
     ``reward/std`` is the population's; lengths count the tokens that the policy wrote; staleness is how many versions
     a sample's oldest token is behind the weights that ``step`` starts from.
     """
-    stale = [step - 1 - min((v for v in s.versions if v >= 0), default=step - 1) for g in groups for s in g.samples]
     samples = [sample for group in groups for sample in group.samples]
+    stale = [step - 1 - min(set(sample.versions) - {-1}, default=step - 1) for sample in samples]
     rewards = [sample.reward for sample in samples]
+    mean = fmean(rewards)
     lengths = [sum(sample.mask) for sample in samples]
     return {
-        "reward/mean": fmean(rewards),
-        "reward/std": pstdev(rewards),
+        "reward/mean": mean,
+        "reward/std": math.sqrt(fmean((reward - mean) ** 2 for reward in rewards)),
         "reward/equal_groups": sum(len(set(group.rewards)) == 1 for group in groups) / len(groups),
         **{f"reward/{name}": fmean(sample.rewards[name] for sample in samples) for name in samples[0].rewards},
         "rollout/tokens": float(sum(lengths)),
