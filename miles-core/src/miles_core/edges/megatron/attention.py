@@ -3,8 +3,8 @@
 A micro-batch is one row of T tokens, its sequences laid end to end. Megatron's own packed path (``thd``) needs
 Transformer Engine and loops over sequences in Python for rotary embeddings. Here ``Row`` rides through Megatron as
 its packed-sequence parameters, with ``qkv_format`` left unset. Attention rotates queries and keys by each token's own
-position, then runs over sequences padded on the right: under a causal mask a token never looks to its right, so the
-padding needs no mask of its own and PyTorch's fused kernel applies.
+position. A GPU has a kernel for rows of several lengths. On a CPU sequences are padded on the right: under a causal
+mask a token never looks to its right, so the padding needs no mask of its own and PyTorch's fused kernel applies.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Row(PackedSeqParams):
     padded: Tensor | None = None  # [P] int64: the token at each padded place; None when packed and padded are one
     packed: Tensor | None = None  # [T] int64: the padded place of each token; None likewise
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, padded length) of each block, in padded order
+    starts: Tensor | None = None  # [S + 1] int32: where each sequence begins, then T
+    longest: int = 0  # of the sequences
     cos: Tensor | None = None  # [T, 1, width] of the rotary angles
     sin: Tensor | None = None  # [T, 1, width / 2]
 
@@ -62,18 +64,19 @@ def row(starts: Sequence[int], device: torch.device) -> Row:
         padded[places], packed[tokens] = tokens, places
         positions[tokens] = np.broadcast_to(columns, real.shape)[real]
         place += rows * width
-    if np.array_equal(padded, np.arange(len(packed))):  # already in order and of one length
-        return Row(positions=torch.from_numpy(positions).to(device), blocks=blocks)
-    return Row(
+    result = Row(
         positions=torch.from_numpy(positions).to(device),
-        padded=torch.from_numpy(padded).to(device),
-        packed=torch.from_numpy(packed).to(device),
         blocks=blocks,
+        starts=torch.from_numpy(ends.astype(np.int32)).to(device),
+        longest=int(lengths.max(initial=0)),
     )
+    if device.type != "cuda" and not np.array_equal(padded, np.arange(len(packed))):  # else they are in order already
+        result.padded, result.packed = torch.from_numpy(padded), torch.from_numpy(packed)
+    return result
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a row, by ``torch.nn.functional.scaled_dot_product_attention``."""
+    """Causal attention within each sequence of a row, by PyTorch's fused kernels."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_options: Any) -> None:
         super().__init__(config=config)
@@ -96,6 +99,8 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         q, k = (rotate(x, row.cos, row.sin) for x in (q, k))  # type: ignore[arg-type]
+        if query.is_cuda:
+            return self._of_a_row(q, k, v, row)[:, None]
         if row.padded is not None:
             q, k, v = (x.index_select(0, row.padded) for x in (q, k, v))
         blocks, place = [], 0
@@ -118,3 +123,11 @@ class PackedAttention(MegatronModule):
         if row.packed is not None:
             out = out.index_select(0, row.packed)
         return out.unsqueeze(1)
+
+    def _of_a_row(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # it asks for the GPU when imported
+
+        scale, longest = self.softmax_scale, row.longest
+        out = varlen_attn(q, k, v, row.starts, row.starts, longest, longest, scale=scale, window_size=(-1, 0))  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        return out.flatten(1)

@@ -24,7 +24,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # one kernel there, ten operations here
-            return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         normed: Tensor = _RMSNorm.apply(x.float(), self.weight.float(), self.eps)  # type: ignore[no-untyped-call]
         return normed.to(x.dtype)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once, 64 MiB in float32
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MiB and 1 GiB in float32
 
 
 def token_logprobs(
@@ -25,7 +25,7 @@ def token_logprobs(
     tokens: Tensor,
     temperature: float,
     group: dist.ProcessGroup | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of the distribution it was drawn from, both [N] float32.
 
@@ -34,7 +34,7 @@ def token_logprobs(
     their slices. Both results are differentiable; the gradient of ``hidden`` is this rank's share, to be summed over
     ``group``.
     """
-    rows = max(1, chunk_elements // weight.shape[0])
+    rows = max(1, (chunk_elements or CHUNK_ELEMENTS[hidden.device.type]) // weight.shape[0])
     group = group if group is not None and group.size() > 1 else None
     both: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, tokens, temperature, group, rows
