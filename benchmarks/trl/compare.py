@@ -4,8 +4,8 @@
 
 PATH is an interpreter with TRL in it (``nox -s bench_trl`` makes one). The two take turns, seed by seed; the steady
 rate is 64 samples over the median step after the tenth. TRL runs with one and with two threads first, and then with
-whichever was faster; Miles has one thread a process: one trains, one samples. Both sides never meet an end-of-sequence
-token, so every completion has 32 tokens.
+whichever was faster; Miles has one thread a process, and as many processes at work as ``MODES`` says. Neither side ever
+meets an end-of-sequence token, so every completion has 32 tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from typing import Any
 HERE = Path(__file__).parent
 SIZES = {"0.5M": (128, 2), "4M": (256, 4)}  # hidden size, layers
 SAMPLES, WARM = 64, 10
+MODES = {  # how Miles uses two cores
+    "sync": {"mode": '"sync"'},  # sampling and training in turns, each in a process of its own
+    "overlap": {"mode": '"overlap"'},  # the same two at once
+    "parallel": {"mode": '"sync"', "placement.trainers": 2, "placement.engines": 2},  # in turns, each in two processes
+}
 
 
 def write(folder: Path, hidden: int, layers: int) -> int:
@@ -72,7 +77,7 @@ def trl(python: str, folder: Path, steps: int, seed: int, threads: int, lr: floa
 
 def miles(folder: Path, steps: int, seed: int, lr: float, mode: str) -> dict[str, list[float]]:
     run_dir = folder / f"miles-{mode}-{seed}"
-    keys = {"steps": steps, "seed": seed, "optim.lr": lr, "mode": f'"{mode}"', "run_dir": f'"{run_dir}"'}
+    keys = {"steps": steps, "seed": seed, "optim.lr": lr, "run_dir": f'"{run_dir}"', **MODES[mode]}
     ask = [str(Path(sys.executable).with_name("miles")), "run", str(HERE / "run.toml")]
     subprocess.run(ask + [x for k, v in keys.items() for x in ("--set", f"{k}={v}")], check=True, capture_output=True)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -126,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--modes", nargs="+", choices=("sync", "overlap"), default=["sync", "overlap"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     asked = parser.parse_args()
     result = compare(asked.trl_python, asked.size, asked.seeds, asked.steps, asked.lr, asked.modes)
