@@ -61,9 +61,11 @@ def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, .
     """Run the training described by FILES; later files win."""
     manifest = assemble(Source(files, overrides))
     context.find_root().obj = folder = _run_dir(manifest, files)
+    import asyncio
+
     from .loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
 
-    train(manifest, folder, resume)
+    asyncio.run(train(manifest, folder, resume))
 
 
 @main.command()

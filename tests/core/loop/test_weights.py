@@ -28,7 +28,7 @@ def turn(steps: int, staleness: int, rollout_s: list[float], train_s: list[float
                 assert await ready.get() == step
                 events.append(f"train {step} at {weights.version}")
                 await asyncio.sleep(train_s[step - 1])
-                await weights.resting()
+                await weights.resting.wait()
                 events.append(f"push {step}")
                 weights.move(step)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..types import Batch, Group, Layout, Output
 
 if TYPE_CHECKING:
+    import asyncio
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -185,6 +186,21 @@ async def everyone(workers: list[Worker], method: str, *args: Any) -> list[Any]:
     for error in sorted(errors, key=lambda error: not isinstance(error, WorkerDied)):
         raise error
     return [call.result() for call in calls]
+
+
+async def both[A, B](first: asyncio.Task[A], second: asyncio.Task[B]) -> tuple[A, B]:
+    """Wait for two tasks. Where both fail ``first`` is the cause: a step waits for rollouts, weights for training."""
+    import asyncio
+
+    try:
+        await asyncio.wait([first, second], return_when=asyncio.FIRST_EXCEPTION)
+        for error in [task.exception() for task in (first, second) if task.done()]:
+            if error:
+                raise error
+        return first.result(), second.result()
+    finally:
+        first.cancel()
+        second.cancel()
 
 
 class Cluster(Protocol):

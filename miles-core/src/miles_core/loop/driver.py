@@ -29,20 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..edges.protocols import RunState, Store, WorkerDied, everyone
+from ..edges.protocols import RunState, Store, WorkerDied, both, everyone
 from ..plugins import Manifest, Registry
 from ..types import Group, Refused, Sample
 from .fleet import Fleet, start
 
+Ready = tuple[list[Group], dict[str, float], Any]  # a step's groups, their metrics, and what the ranks train on
 PATIENCE = 50  # waves of prompts without one group to train on, before the run is called hopeless
 
 
-def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
+async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     """Run to the last step. Raises what ended the run; every process started here is gone by then."""
-    asyncio.run(_train(manifest, run_dir, resume))
-
-
-async def _train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     current = asyncio.current_task()
     assert current is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)  # ends like Ctrl-C
@@ -75,7 +72,8 @@ class Weights:
 
     def __init__(self, version: int) -> None:
         self.version = version
-        self._moved, self._resting = asyncio.Event(), asyncio.Event()
+        self._moved = asyncio.Event()
+        self.resting = asyncio.Event()  # whoever samples waits for weights that are not there yet, or is done
         self._wanted: float = version  # what ``reach`` waits for
 
     async def reach(self, version: int) -> None:
@@ -83,33 +81,29 @@ class Weights:
         self._wanted = version
         while self.version < version:
             self._moved.clear()
-            self._resting.set()
+            self.resting.set()
             await self._moved.wait()
-        self._resting.clear()
+        self.resting.clear()
 
     def rest(self) -> None:
         """Nothing is left to sample."""
         self._wanted = math.inf
-        self._resting.set()
+        self.resting.set()
 
     def move(self, version: int) -> None:
         self.version = version
         if version >= self._wanted:  # who waited goes on, and does not rest from this moment
-            self._resting.clear()
+            self.resting.clear()
         self._moved.set()
-
-    async def resting(self) -> None:
-        """Wait until whoever samples waits for weights that are not there yet, or is done."""
-        await self._resting.wait()
 
 
 class Loop:
     def __init__(self, run: RunConfig, hooks: Registry, fleet: Fleet, store: Store, run_dir: Path) -> None:
         self.run, self.hooks, self.fleet, self.store, self.run_dir = run, hooks, fleet, store, run_dir
         self.state, self.weights = RunState(), Weights(0)
-        self.ready: asyncio.Queue[tuple[list[Group], dict[str, float], Any]] = asyncio.Queue()  # what hand puts in
+        self.ready: asyncio.Queue[Ready] = asyncio.Queue()
+        self.ahead: tuple[float, asyncio.Task[tuple[dict[str, float], float]]] | None = None  # the next step's training
         self.prompts: Iterator[Sample] = iter(())
-        self.began = time.perf_counter()
 
     async def restore(self, found: tuple[Path, RunState] | None) -> None:
         """Put every process where the checkpoint left it, and the engines at the trainer's weights."""
@@ -130,16 +124,7 @@ class Loop:
         self.hooks.run_start(run_dir=self.run_dir, step=self.state.step)
         if self.run.eval.every and not self.state.step:
             self.hooks.step_end(step=0, metrics=await self.evaluate(0) | {"time_s": 0.0})
-        producer = asyncio.ensure_future(self.rollouts())
-        consumer = asyncio.ensure_future(self.steps())
-        try:
-            await asyncio.wait([producer, consumer], return_when=asyncio.FIRST_EXCEPTION)
-            for task in (producer, consumer):  # a failed rollout is the cause, a step that waits for it the effect
-                if task.done():
-                    task.result()
-        finally:
-            producer.cancel()
-            consumer.cancel()
+        await both(asyncio.ensure_future(self.rollouts()), asyncio.ensure_future(self.steps()))
 
     # -- rollouts ------------------------------------------------------------------------------------------------
     async def rollouts(self) -> None:
@@ -195,30 +180,40 @@ class Loop:
         """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
         told = time.perf_counter()
         for step in range(self.state.step + 1, self.run.steps + 1):
-            began = time.perf_counter()
-            _, metrics, payload = await self.ready.get()
-            waited = time.perf_counter() - began
-            metrics |= await self.fleet.train(step, payload)
-            resting = time.perf_counter()
-            await self.weights.resting()
-            waited += time.perf_counter() - resting
-            metrics |= await self.fleet.push(step, verify=False)
-            metrics["weight_version"] = float(step)
+            free, training = self.ahead or (told, asyncio.ensure_future(self.train(step, await self.ready.get())))
+            fed, self.ahead = time.perf_counter(), None
+            saves = self.due(self.run.checkpoint.every, step) or step == self.run.steps
+            moving = asyncio.ensure_future(self.move(step, goes_on=not saves))
+            (metrics, trained), (moved, rested, served) = await both(training, moving)
+            waited = max(fed - max(told, free), 0.0) + max(rested - trained, 0.0)
+            metrics |= moved | {"time/sync": served - max(rested, trained), "weight_version": float(step)}
             if self.due(self.run.eval.every, step):
                 metrics |= await self.evaluate(step)
             self.state.step, self.state.seconds = step, time.perf_counter() - self.began
-            folder = None
-            if self.due(self.run.checkpoint.every, step) or step == self.run.steps:
-                folder, saving = await self.save()
-                metrics |= saving
+            folder = await self.save(metrics) if saves else None
             began, told = told, time.perf_counter()  # a step lasts from one line of metrics to the next
-            metrics |= self.times(metrics, waited, told - began)
+            metrics |= self.times(metrics, waited, told - began, told - free)
             self.hooks.step_end(step=step, metrics=metrics)
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
                 self.hooks.saved(step=step, folder=self.store.commit(folder, self.state))
             self.weights.move(step)
         await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
         self.hooks.progress(text=f"the trained model is in {self.run_dir / 'model'}")
+
+    async def train(self, step: int, ready: Ready) -> tuple[dict[str, float], float]:
+        """Train on a step's groups; its metrics so far, and when that was done."""
+        return ready[1] | await self.fleet.train(step, ready[2]), time.perf_counter()
+
+    async def move(self, step: int, goes_on: bool) -> tuple[dict[str, float], float, float]:
+        """Have the step's weights sent, behind its training, to engines at rest, and then the next step trained."""
+
+        def sent() -> None:
+            if goes_on and not self.ready.empty():
+                self.ahead = time.perf_counter(), asyncio.ensure_future(self.train(step + 1, self.ready.get_nowait()))
+
+        await self.weights.resting.wait()
+        rested = time.perf_counter()
+        return await self.fleet.push(step, verify=False, sent=sent), rested, time.perf_counter()
 
     def updates(self, groups: list[Group]) -> list[list[list[Sample]]]:
         """The step's samples as units, dealt into its optimizer updates by whole groups."""
@@ -246,7 +241,7 @@ class Loop:
         self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         return metrics
 
-    async def save(self) -> tuple[Path, dict[str, float]]:
+    async def save(self, metrics: dict[str, float]) -> Path:
         """Write a checkpoint that does not count yet."""
         began = time.perf_counter()
         folder = self.store.begin(self.state.step)
@@ -256,12 +251,14 @@ class Loop:
             self.ready.put_nowait(item)
         self.state.waiting = [(groups, metrics) for groups, metrics, _ in items]
         self.state.plugins = self.hooks.state()
-        return folder, {"time/checkpoint": time.perf_counter() - began}
+        metrics["time/checkpoint"] = time.perf_counter() - began
+        return folder
 
-    def times(self, metrics: dict[str, float], waited: float, wall: float) -> dict[str, float]:
-        """Where the step's wall time went. ``time/other`` is the driver's own: none of the phases below."""
+    def times(self, metrics: dict[str, float], waited: float, wall: float, span: float) -> dict[str, float]:
+        """Where the step's time went. ``time/other`` is what of ``span``, since the ranks were free for it, none of
+        the phases below took: the driver's own."""
         phases = ("train", "sync", "eval", "checkpoint")
-        other = wall - waited - sum(metrics.get(f"time/{phase}", 0.0) for phase in phases)
+        other = span - waited - sum(metrics.get(f"time/{phase}", 0.0) for phase in phases)
         if not self.run.max_staleness:  # the wait was for sampling and rewarding, and for nothing else
             other += waited - metrics.get("time/sample", 0.0) - metrics.get("time/reward", 0.0)
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,17 +54,18 @@ class Fleet:
             metrics[name] = max(values) if shared else sum(values)
         return metrics
 
-    async def push(self, version: int, verify: bool) -> dict[str, float]:
-        """Move the policy's weights to every engine. No engine serves until all of them have all of it."""
-        began = time.perf_counter()
+    async def push(self, version: int, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
+        the training they were asked for before, and can be asked for more when ``sent`` is called."""
         await everyone(self.engines, "begin_update")
         try:
-            sent = await everyone(self.ranks, "push", verify)
+            answers = await everyone(self.ranks, "push", verify)
+            sent()
             await everyone(self.engines, "end_update", version)
         except BaseException:
             await asyncio.gather(*(e.call("abort_update", timeout=5) for e in self.engines), return_exceptions=True)
             raise
-        return {"time/sync": time.perf_counter() - began, "sync/bytes": sum(s.get("bytes", 0.0) for s in sent)}
+        return {"sync/bytes": sum(answer.get("bytes", 0.0) for answer in answers)}
 
 
 async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
