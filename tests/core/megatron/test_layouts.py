@@ -23,6 +23,7 @@ MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False, rope_parameters=LLAMA3)),
 }
 LENGTHS = (7, 19, 3, 40, 8, 8, 2, 25, 11)
+PROMPTS = {(0, 1, 3): 5, (4, 5): 3}  # which of them begin alike, and the tokens that they share
 
 
 def case(folder: Path, config, model, settings: dict, temperature: float = 0.8) -> dict:
@@ -32,9 +33,14 @@ def case(folder: Path, config, model, settings: dict, temperature: float = 0.8) 
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.15)
     net.save_pretrained(folder)
     sequences = [torch.randint(0, SIZES["vocab_size"], (length,)) for length in LENGTHS]
+    # Of both signs, but with a sum far from zero: a relative error is of what is left after cancelling.
+    weights = [(1 + torch.randn(length)) * (torch.rand(length) < 0.7) for length in LENGTHS]
+    for group, length in PROMPTS.items():
+        for i in group:
+            sequences[i][:length] = sequences[group[0]][:length]
+            weights[i][:length], weights[i][length] = 0.0, 1.0
     logits = [net(tokens[None]).logits[0].detach() for tokens in sequences]
     net = net.double()
-    weights = [torch.randn(length) * (torch.rand(length) < 0.7) for length in LENGTHS]
     total = torch.zeros((), dtype=torch.float64)
     for tokens, weight in zip(sequences, weights, strict=True):
         weight[0] = 0.0  # nothing stands before the first token

@@ -1,10 +1,11 @@
 """Attention over packed rows, as a module of Megatron's layer specification.
 
-A micro-batch is one row of T tokens, its sequences laid end to end. Megatron's own packed path (``thd``) needs
-Transformer Engine and loops over sequences in Python for rotary embeddings. Here ``Row`` rides through Megatron as
-its packed-sequence parameters, with ``qkv_format`` left unset. Attention rotates queries and keys by each token's own
-position. A GPU has a kernel for rows of several lengths. On a CPU sequences are padded on the right: under a causal
-mask a token never looks to its right, so the padding needs no mask of its own and PyTorch's fused kernel applies.
+A micro-batch is one row of tokens, its sequences laid end to end, with what several of them share only once.
+Megatron's own packed path (``thd``) needs Transformer Engine and loops over sequences in Python for rotary embeddings.
+Here ``Row`` rides through Megatron as its packed-sequence parameters, with ``qkv_format`` left unset. Attention rotates
+queries and keys by each token's own position, and gives every sequence what it shares. A GPU has a kernel for rows of
+several lengths. On a CPU sequences are padded on the right: under a causal mask a token never looks to its right, so
+the padding needs no mask of its own and PyTorch's fused kernel applies.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ class Row(PackedSeqParams):
     """Where the sequences of a packed row are, worked out once per micro-batch and shared by every layer."""
 
     positions: Tensor | None = None  # [T] int64: place of each token within its sequence
-    padded: Tensor | None = None  # [P] int64: the token at each padded place; None when packed and padded are one
-    packed: Tensor | None = None  # [T] int64: the padded place of each token; None likewise
+    padded: Tensor | None = None  # [P] int64: the token at each place attention sees; None where they are the row
+    packed: Tensor | None = None  # [T] int64: a place of each token there; None likewise
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, padded length) of each block, in padded order
-    starts: Tensor | None = None  # [S + 1] int32: where each sequence begins, then T
+    starts: Tensor | None = None  # [S + 1] int32: where each sequence begins, shared prompts in each, then the end
     longest: int = 0  # of the sequences
     cos: Tensor | None = None  # [T, 1, width] of the rotary angles
     sin: Tensor | None = None  # [T, 1, width / 2]
 
 
-def row(starts: Sequence[int], device: torch.device) -> Row:
-    """The row whose sequences begin at ``starts``, which ends with the number of tokens.
+def row(starts: Sequence[int], device: torch.device, seen: np.ndarray[Any, Any] | None = None) -> Row:
+    """The row of the sequences that begin at ``starts``, which ends with their length together.
 
+    ``seen`` says which of the row's tokens their tokens are; left out, every one is a token of its own.
     Sequences are laid out longest first in blocks, and a block ends where a sequence would be padded to more than
     twice its length; padding thus never doubles the work, however the lengths are spread.
     """
@@ -64,14 +66,19 @@ def row(starts: Sequence[int], device: torch.device) -> Row:
         padded[places], packed[tokens] = tokens, places
         positions[tokens] = np.broadcast_to(columns, real.shape)[real]
         place += rows * width
+    if device.type == "cuda":  # its kernel needs no padding
+        padded = packed = np.arange(int(ends[-1]))
+    if seen is not None:
+        first = np.unique(seen, return_index=True)[1]
+        positions, padded, packed = positions[first], seen[padded], packed[first]
     result = Row(
         positions=torch.from_numpy(positions).to(device),
         blocks=blocks,
         starts=torch.from_numpy(ends.astype(np.int32)).to(device),
         longest=int(lengths.max(initial=0)),
     )
-    if device.type != "cuda" and not np.array_equal(padded, np.arange(len(packed))):  # else they are in order already
-        result.padded, result.packed = torch.from_numpy(padded), torch.from_numpy(packed)
+    if not np.array_equal(padded, np.arange(len(packed))):  # else they are in order already
+        result.padded, result.packed = (torch.from_numpy(x).to(device) for x in (padded, packed))
     return result
 
 
@@ -99,10 +106,14 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         q, k = (rotate(x, row.cos, row.sin) for x in (q, k))  # type: ignore[arg-type]
-        if query.is_cuda:
-            return self._of_a_row(q, k, v, row)[:, None]
         if row.padded is not None:
             q, k, v = (x.index_select(0, row.padded) for x in (q, k, v))
+        out = self._on_gpu(q, k, v, row) if query.is_cuda else self._by_blocks(q, k, v, row)
+        if row.packed is not None:
+            out = out.index_select(0, row.packed)
+        return out.unsqueeze(1)
+
+    def _by_blocks(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         blocks, place = [], 0
         for rows, width in row.blocks:
             stop = place + rows * width
@@ -115,16 +126,13 @@ class PackedAttention(MegatronModule):
                 block_v,
                 is_causal=True,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             blocks.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
             place = stop
-        out = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        if row.packed is not None:
-            out = out.index_select(0, row.packed)
-        return out.unsqueeze(1)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def _of_a_row(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+    def _on_gpu(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # it asks for the GPU when imported
 
         scale, longest = self.softmax_scale, row.longest
