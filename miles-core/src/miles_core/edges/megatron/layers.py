@@ -8,6 +8,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from . import fused
+
 
 class RMSNorm(torch.nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4).
@@ -23,8 +25,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # one kernel there, ten operations here
-            return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if x.is_cuda:
+            return fused.rms_norm(x, self.weight, self.eps)
         normed: Tensor = _RMSNorm.apply(x.float(), self.weight.float(), self.eps)  # type: ignore[no-untyped-call]
         return normed.to(x.dtype)
 
@@ -55,7 +57,7 @@ class SwiGLU(torch.nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+        out: Tensor = fused.swiglu(x) if x.is_cuda else _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fused
 from .hf import Architecture, Llama3Scaling
 
 
@@ -39,6 +40,8 @@ def _scaled(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [T, heads, width] with the pair (i, i + width / 2) of each head rotated by its token's angle i."""
+    if x.is_cuda:
+        return fused.rotate(x, cos, sin)
     rotated: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
