@@ -30,7 +30,7 @@ PUBLIC = {
     "miles_core.types",
 }  # what a plugin may import
 LEFT = {"dist", "runs", "__pycache__"}
-WRITTEN = set(ROOT.glob("examples/*/data"))
+WRITTEN = {*ROOT.glob("examples/*/data"), *ROOT.glob("benchmarks/*/work")}
 
 
 def names(folders: list[Path]) -> list[str]:

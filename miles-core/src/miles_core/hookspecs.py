@@ -48,8 +48,8 @@ def hook[F: Callable[..., Any]](kind: Kind, place: Place, *, algorithm: bool = F
 class Hooks:
     # -- before anything is allocated ---------------------------------------------------------------------------
     @hook("event", "driver")
-    def miles_check(self, complain: Complain) -> None:
-        """Look for what cannot work and ``complain(key, message)`` of each; start nothing and write nothing."""
+    def miles_check(self, complain: Complain, tables: dict[str, Any]) -> None:
+        """``complain(key, message)`` of what cannot work; start and write nothing. ``tables`` are all plugins' own."""
 
     @hook("merge", "driver")
     def miles_explain(self) -> dict[str, str]:

@@ -313,7 +313,8 @@ def assemble(source: Source) -> Manifest:
     assert run is not None
     manifest = Manifest(__version__, run.model_dump_json(), tuple(listed))
     try:
-        manifest.registry("driver").check(complain=source.complain)
+        registry = manifest.registry("driver")
+        registry.check(complain=source.complain, tables={name: p.config for name, p in registry.plugins.items()})
     except PluginError as error:
         key = next((f"use.{slot}" for slot in run.use if str(error).startswith(f"use.{slot}:")), "algorithm")
         source.complain(key, str(error))

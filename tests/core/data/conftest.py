@@ -49,9 +49,11 @@ def data(tmp_path, model):
 
 @pytest.fixture
 def complaints(data, tmp_path):
-    def check(*args, **kwargs):
+    def check(*args, tables=None, **kwargs):
         found = []
-        data(*args, **kwargs).miles_check(lambda key, message: found.append((key, message.replace(f"{tmp_path}/", ""))))
+        data(*args, **kwargs).miles_check(
+            lambda key, message: found.append((key, message.replace(f"{tmp_path}/", ""))), tables or {}
+        )
         return found
 
     return check

@@ -92,7 +92,7 @@ def test_a_check_imports_neither_transformers_nor_torch(model, tmp_path):
         "import sys\nfrom miles_core.config import RunConfig\nfrom miles_core.edges.data import Data\n"
         f"run = RunConfig(algorithm='a', model={{'path': {str(model)!r}}}, rollout={{'max_tokens': 4}})\n"
         f"data = Data(Data.Config(train={str(tmp_path / 'train.jsonl')!r}), run)\n"
-        "data.miles_check(lambda key, text: print(text))\n"
+        "data.miles_check(lambda key, text: print(text), {})\n"
         "print({'torch', 'transformers'} & set(sys.modules))\n"
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -116,8 +116,21 @@ def test_a_context_beyond_the_models(model):
 
     heard = []
     run = RunConfig(algorithm="a", model={"path": str(model), "context": 13}, rollout={"max_tokens": 4})
-    Data(Data.Config(train=model / "config.json"), run).miles_check(lambda *fault: heard.append(fault))
+    Data(Data.Config(train=model / "config.json"), run).miles_check(lambda *fault: heard.append(fault), {})
     assert ("model.context", "13 is more than the 12 tokens that the model was made for") in heard
+
+
+def test_a_column_that_a_reward_reads(complaints):
+    from miles_core.edges.reward import Reward
+
+    def tables(**scorers):
+        return {"reward": Reward.Config.model_validate(scorers)}
+
+    lacking = [{"prompt": "1", "answer": "1"}, {"prompt": "2"}]
+    said = [("data.train", "train.jsonl:2: no column 'answer', which reward.right.answer reads")]
+    assert complaints(lacking, tables=tables(right={"kind": "exact_match"})) == said
+    assert complaints(lacking, tables=tables(right={"kind": "numeric", "answer": "prompt"})) == []
+    assert complaints(lacking, tables=tables(shape={"kind": "regex", "pattern": "1"})) == []  # reads no answer
 
 
 def test_many_faults_are_cut_short(complaints):
@@ -139,7 +152,7 @@ def test_no_prompts_at_all(model):
     def heard(**keys):
         found = []
         Data(Data.Config(), RunConfig(algorithm="a", model={"path": str(model)}, **keys)).miles_check(
-            lambda *fault: found.append(fault)
+            lambda *fault: found.append(fault), {}
         )
         return [key for key, _ in found]
 

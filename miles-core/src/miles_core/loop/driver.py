@@ -136,8 +136,8 @@ class Loop:
 
     async def hand(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Queue a step's groups, packed and within reach of the ranks, so that a free trainer waits for nothing."""
-        payload = await self.fleet.share(self.updates(groups), self.run.batch.micro_tokens)
-        self.ready.put_nowait((groups, metrics, payload))
+        packed = await self.fleet.share(self.updates(groups), self.run.batch.micro_tokens)
+        self.ready.put_nowait((groups, metrics, packed))
 
     async def gather(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of one step: those dropped are replaced by other prompts until there are enough."""
@@ -255,8 +255,7 @@ class Loop:
         return folder
 
     def times(self, metrics: dict[str, float], waited: float, wall: float, span: float) -> dict[str, float]:
-        """Where the step's time went. ``time/other`` is what of ``span``, since the ranks were free for it, none of
-        the phases below took: the driver's own."""
+        """Where the time went. ``time/other``, the driver's own, is what no phase took since the ranks were free."""
         phases = ("train", "sync", "eval", "checkpoint")
         other = span - waited - sum(metrics.get(f"time/{phase}", 0.0) for phase in phases)
         if not self.run.max_staleness:  # the wait was for sampling and rewarding, and for nothing else

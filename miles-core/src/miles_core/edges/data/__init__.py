@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
@@ -47,10 +47,11 @@ class Data(Plugin):
         self._open: dict[Path, Rows] = {}  # an index is made once, not at every evaluation
 
     @hookimpl
-    def miles_check(self, complain: Complain) -> None:
+    def miles_check(self, complain: Complain, tables: dict[str, Any]) -> None:
         from .check import check
 
-        check(self.config, self.run, complain)
+        wanted: dict[str, str] = tables["reward"].columns if "reward" in tables else {}
+        check(self.config, self.run, wanted, complain)
 
     @hookimpl
     def miles_prompts(self, split: str, start: int) -> Iterator[Sample]:

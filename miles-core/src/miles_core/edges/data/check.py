@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 MOST = 5  # complaints about the rows of one file; a wrong column is wrong in every row
 
 
-def check(config: Data.Config, run: RunConfig, complain: Complain) -> None:
-    """Look at every row that the run may use, and complain of each that it could not."""
+def check(config: Data.Config, run: RunConfig, wanted: dict[str, str], complain: Complain) -> None:
+    """Look at every row that the run may use, and complain of each that it could not.
+
+    ``wanted`` are the columns that rewards read, and the key that asks for each.
+    """
     if run.use.get("prompts", "data") != "data":
         return
     if config.train is None:
@@ -50,7 +53,7 @@ def check(config: Data.Config, run: RunConfig, complain: Complain) -> None:
         if not len(rows):
             complain(key, f"{path}: the file has no rows")
             continue
-        for n, message in enumerate(_faults(rows, config, run, context, template)):
+        for n, message in enumerate(_faults(rows, config, run, wanted, context, template)):
             if n == MOST:
                 complain(key, f"{path}: and more like these")
                 break
@@ -60,12 +63,15 @@ def check(config: Data.Config, run: RunConfig, complain: Complain) -> None:
 
 
 def _faults(
-    rows: Rows, config: Data.Config, run: RunConfig, context: int | None, template: str | None
+    rows: Rows, config: Data.Config, run: RunConfig, wanted: dict[str, str], context: int | None, template: str | None
 ) -> Iterator[str]:
     ruler = Ruler(run.model.path, context - run.rollout.max_tokens) if context else None
     for i, row in enumerate(rows.scan()):
         if isinstance(row, Refused):
             yield str(row)
+            continue
+        if lacking := [column for column in wanted if column not in row]:
+            yield f"{rows.where(i)}: no column {lacking[0]!r}, which {wanted[lacking[0]]} reads"
             continue
         try:
             prompt = prompt_of(row, config)

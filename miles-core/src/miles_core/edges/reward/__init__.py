@@ -49,6 +49,11 @@ class Reward(Plugin):
         def scorers(self) -> dict[str, Base]:
             return dict(self.model_extra or {})
 
+        @property
+        def columns(self) -> dict[str, str]:
+            """The columns of the data that scorers cannot do without, and the key that names each."""
+            return {s.answer: f"reward.{name}.answer" for name, s in self.scorers.items() if s.needs_answer}
+
     config: Config
     _pool: Pool | None = None
     _remotes: dict[str, Remote] | None = None

@@ -44,6 +44,7 @@ class Base(Table):
     answer: str = "answer"  # the column that holds what is right
 
     reads: ClassVar[tuple[str, ...]] = ("response",)  # of a sample, beside its answer
+    needs_answer: ClassVar[bool] = False
 
     def fault(self) -> Fault | None:
         """What a check can find without running anything."""
@@ -65,6 +66,7 @@ class ExactMatch(Base):
     """1 where the response is the answer, else 0."""
 
     kind: Literal["exact_match"] = "exact_match"
+    needs_answer = True
     strip: bool = True  # ignore white space around both
     casefold: bool = False  # ignore case
 
@@ -80,6 +82,7 @@ class Positions(Base):
     """The share of positions that hold the answer's character: a reward for the first steps of learning."""
 
     kind: Literal["positions"] = "positions"
+    needs_answer = True
 
     def __call__(self, sample: Sample) -> float:
         said, right = sample.response, self.label(sample)
@@ -90,6 +93,7 @@ class Numeric(Base):
     """1 where the last number in the response is that in the answer, to within ``tolerance``, else 0."""
 
     kind: Literal["numeric"] = "numeric"
+    needs_answer = True
     tolerance: float = Field(0.0, ge=0)  # absolute
 
     def __call__(self, sample: Sample) -> float:
@@ -110,6 +114,7 @@ class Math(Base):
     """1 where math-verify finds response and answer mathematically equal, else 0."""
 
     kind: Literal["math"] = "math"
+    needs_answer = True
 
     def __call__(self, sample: Sample) -> float:
         import math_verify
