@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import traceback
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,7 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
 def explain(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """List every key of the run, its value, and where it was written."""
     source = Source(files, overrides)
-    manifest = assemble(source)
-    tree = RunConfig.model_validate_json(manifest.run).model_dump(mode="json")
-    for key, value in _leaves(tree | {found.name: json.loads(config) for found, config in manifest.plugins}):
+    for key, value in _leaves(assemble(source).tables):
         click.echo(f"{'.'.join(key):<26} {value!s:<28} {source.origin(key)}")
 
 

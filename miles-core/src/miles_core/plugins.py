@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -115,13 +116,10 @@ def _only_class(found: Found) -> type[Plugin]:
         sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
         exec(compile(found.source or "", found.entry.value, "exec"), module.__dict__)
     mine = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-    match [c for c in mine if issubclass(c, Plugin)]:
-        case [cls]:
-            return cls
-        case classes:
-            raise PluginError(
-                f"{found.dist} defines {len(classes)} subclasses of miles_core.Plugin; define exactly one"
-            )
+    classes = [c for c in mine if issubclass(c, Plugin)]
+    if len(classes) != 1:
+        raise PluginError(f"{found.dist} defines {len(classes)} subclasses of miles_core.Plugin; define exactly one")
+    return classes[0]
 
 
 def check(name: str, cls: type[Plugin]) -> None:
@@ -280,6 +278,11 @@ class Manifest:
             cls = found.load()
             plugins[found.name] = cls(cls.Config.model_validate_json(config), run)
         return Registry(place, plugins, run.use, run.algorithm)
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        run: dict[str, Any] = json.loads(self.run)
+        return run | {found.name: json.loads(config) for found, config in self.plugins}
 
     @property
     def versions(self) -> dict[str, str]:

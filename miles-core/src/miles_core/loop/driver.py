@@ -48,7 +48,7 @@ async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     store: Store = hooks.store(run_dir=run_dir)
     if aside := store.claim(resume):
         hooks.progress(text=f"the run found in {run_dir} is now in {aside}")
-    (run_dir / "config.json").write_text(json.dumps(json.loads(manifest.run), indent=1))
+    (run_dir / "config.json").write_text(json.dumps(manifest.tables, indent=1))
     (run_dir / "manifest.json").write_text(json.dumps({"miles-core": manifest.core} | manifest.versions, indent=1))
     found = store.newest(lambda text: hooks.progress(text=text)) if resume else None
     error, cluster = None, hooks.cluster(run_dir=run_dir)
