@@ -153,6 +153,16 @@ def test_overlapped_sampling_adds_up_to_nothing(record):
     assert sum(phase.share or 0.0 for phase in phases.values()) == pytest.approx(2.0)  # the parts, and the whole
 
 
+def test_training_that_began_before_the_step_did_is_told_apart(record):
+    made = record(mode="overlap")
+    for step in range(1, 5):
+        made.history.add(step, {"time/train": 0.75, "time/ahead": 0.75})  # of 1.75 in all
+    phases = {phase.name: phase for phase in timing(made)}
+    assert phases["training"].seconds == 4.0
+    assert phases["training, beside the end of the step before"].seconds == 3.0
+    assert sum(phase.share or 0.0 for phase in phases.values()) == pytest.approx(2.0)  # the parts, and the whole
+
+
 def test_a_run_without_times_has_no_table(make_run, tmp_path):
     assert timing(Record(make_run(), tmp_path, History())) == []
 

@@ -192,7 +192,7 @@ class Loop:
             self.state.step, self.state.seconds = step, time.perf_counter() - self.began
             folder = await self.save(metrics) if saves else None
             began, told = told, time.perf_counter()  # a step lasts from one line of metrics to the next
-            metrics |= self.times(metrics, waited, told - began, told - free)
+            metrics |= self.times(metrics, waited, told - began, began - free)
             self.hooks.step_end(step=step, metrics=metrics)
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
                 self.hooks.saved(step=step, folder=self.store.commit(folder, self.state))
@@ -254,16 +254,13 @@ class Loop:
         metrics["time/checkpoint"] = time.perf_counter() - began
         return folder
 
-    def times(self, metrics: dict[str, float], waited: float, wall: float, span: float) -> dict[str, float]:
-        """Where the time went. ``time/other``, the driver's own, is what no phase took since the ranks were free."""
-        phases = ("train", "sync", "eval", "checkpoint")
-        other = span - waited - sum(metrics.get(f"time/{phase}", 0.0) for phase in phases)
+    def times(self, metrics: dict[str, float], waited: float, wall: float, ahead: float) -> dict[str, float]:
+        """Where the time went. ``time/ahead`` of the training was before the step's own time; ``time/other``, the
+        driver's own, is none of the phases."""
+        phases = sum(metrics.get(f"time/{phase}", 0.0) for phase in ("train", "sync", "eval", "checkpoint"))
+        other = wall + ahead - waited - phases
         if not self.run.max_staleness:  # the wait was for sampling and rewarding, and for nothing else
             other += waited - metrics.get("time/sample", 0.0) - metrics.get("time/reward", 0.0)
-        return {
-            "time_s": time.perf_counter() - self.began,
-            "time/step": wall,
-            "time/wait": waited,
-            "time/other": other,
-            "tokens_per_s": metrics.get("rollout/tokens", 0.0) / wall,
-        }
+        spent = {"time/step": wall, "time/wait": waited, "time/ahead": ahead, "time/other": other}
+        rate = metrics.get("rollout/tokens", 0.0) / wall
+        return spent | {"time_s": time.perf_counter() - self.began, "tokens_per_s": rate}

@@ -104,7 +104,8 @@ def _answer(sample: Sample, accuracy: str | None) -> Answer:
 def timing(record: Record) -> list[Phase]:
     """Where the wall time of the training steps went, in seconds; parts with a share add up to the last row.
 
-    Where sampling overlaps training, the trainer's wait for samples is a part of the step, sampling itself is not.
+    Where sampling overlaps training, the trainer's wait for samples is a part of the step, sampling itself is not; nor
+    is training that began while the step before was still ending.
     """
     history, whole = record.history, record.history.total("time/step")
     if not whole:
@@ -114,11 +115,14 @@ def timing(record: Record) -> list[Phase]:
     other = {"other": "everything else"}
     overlap = record.run.max_staleness > 0
     parts = ({"wait": "waiting for samples"} if overlap else rollout) | trainer | other
-    seconds = {name: history.total(f"time/{name}") for name in parts | rollout}
+    ahead = {"ahead": "training, beside the end of the step before"}
+    seconds = {name: history.total(f"time/{name}") for name in parts | rollout | ahead}
+    seconds["train"] -= seconds["ahead"]
     phases = [Phase(text, seconds[name], seconds[name] / whole) for name, text in parts.items() if seconds[name]]
     phases.append(Phase(WHOLE, whole, 1.0))
     if overlap:
-        beside = [Phase(f"{text}, beside training", seconds[name], None) for name, text in rollout.items()]
+        named = {name: f"{text}, beside training" for name, text in rollout.items()} | ahead
+        beside = [Phase(text, seconds[name], None) for name, text in named.items()]
         phases += [phase for phase in beside if phase.seconds]
     if (outside := record.seconds - whole) >= 0.01:
         phases.append(Phase("before and between them", outside, None))
