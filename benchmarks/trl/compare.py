@@ -29,7 +29,7 @@ SAMPLES, WARM = 64, 10
 MODES = {  # how Miles uses two cores
     "sync": {"mode": '"sync"'},  # sampling and training in turns, each in a process of its own
     "overlap": {"mode": '"overlap"'},  # the same two at once
-    "parallel": {"mode": '"overlap"', "placement.trainers": 2, "placement.engines": 2},  # at once, two of each
+    "parallel": {"mode": '"overlap"', "placement.trainers": 2},  # at once, the batch split between two trainers
 }
 
 

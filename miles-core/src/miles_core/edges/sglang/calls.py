@@ -1,0 +1,97 @@
+"""HTTP to one server: every call has a time limit, and a failure says what was asked and what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from ..protocols import EngineError
+
+QUICK_S = 30.0  # for calls that are a matter of milliseconds
+TRIES, FIRST_WAIT_S = 3, 0.1  # of a call that may be repeated
+# Uvicorn closes a connection that was idle for 5 s; one that is used in that very moment fails for no reason.
+IDLE_S = 2.0
+
+
+class Unreachable(EngineError):
+    """Nobody answers there, or the connection broke before there was an answer."""
+
+
+class Silent(EngineError):
+    """No answer in time."""
+
+
+class Declined(EngineError):
+    """The server answered, and said no."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Caller:
+    """Connections to the server at ``url``, kept open between calls. Use it in one event loop.
+
+    httpx, because core depends on it already: the calls are few and large (a bucket of weights, a hundred requests),
+    so what a faster client saves on each is lost in them.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            timeout=None,
+            trust_env=False,  # a proxy for the outside world does not know the cluster's own machines
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S),
+        )
+
+    async def get(self, path: str, timeout: float = QUICK_S) -> Any:
+        return await self._call("GET", path, None, timeout)
+
+    async def post(self, path: str, body: dict[str, Any] | None = None, timeout: float = QUICK_S) -> Any:
+        """What the server answers. Raises Unreachable, Silent after ``timeout`` seconds, or Declined.
+
+        A status of 200 is not enough: weight updates also answer ``success``, which must not be false.
+        """
+        return await self._call("POST", path, body or {}, timeout)
+
+    async def repeat(self, path: str, body: dict[str, Any] | None = None, timeout: float = QUICK_S) -> Any:
+        """``post`` what does no harm when done twice; asked again when the connection breaks."""
+        for attempt in range(TRIES):
+            try:
+                return await self.post(path, body, timeout)
+            except Unreachable:
+                if attempt + 1 == TRIES:
+                    raise
+                await asyncio.sleep(FIRST_WAIT_S * 4**attempt)
+        raise AssertionError
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
+        if self._client.is_closed:
+            raise Unreachable(f"{path}: the server was given up")
+        try:
+            async with asyncio.timeout(timeout):  # of the whole; httpx itself would limit each read
+                reply = await self._client.request(method, path, json=body)
+        except TimeoutError as error:
+            raise Silent(f"{path}: no answer within {timeout:g} s") from error
+        except httpx.TransportError as error:
+            raise Unreachable(f"{path}: {type(error).__name__}: {error}") from error
+        try:
+            answer = reply.json() if reply.content else None
+        except ValueError:
+            answer = reply.text
+        if reply.status_code != 200 or (isinstance(answer, dict) and answer.get("success") is False):
+            raise Declined(f"{path}: status {reply.status_code}: {_message(answer)}", reply.status_code)
+        return answer
+
+
+def _message(answer: Any) -> str:
+    """What the server says is wrong, out of the several shapes that it says it in."""
+    if isinstance(answer, dict):
+        inner = answer.get("error", answer)
+        answer = (inner.get("message") or inner.get("detail")) if isinstance(inner, dict) else inner
+    return str(answer or "it does not say why").strip()[:2000]

@@ -1,0 +1,355 @@
+"""The engine: a stock SGLang server, and the process that starts it, watches it and gives it weights."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from ..protocols import EngineError, TransportError
+from . import wire
+from .calls import Silent, Unreachable
+from .launch import Live, launch
+from .process import own_address
+
+STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
+AGAIN_S = 2.0  # between two of them
+LOOK_S, PULSE_S = 1.0, 10.0  # between two looks at the process; between two questions to its scheduler
+ABORT_S = 3.0  # to close an update in which nothing was changed, before the server is replaced all the same
+IDLE_S = 5  # for requests in flight to finish before memory is taken away
+
+
+class SGLangEngine:
+    """Answers what the local engine answers; tokens alone go past it, from the server to whoever asks for them.
+
+    Construct it and call it in one event loop. The constructor returns while the server still starts; what goes wrong
+    then is raised, as EngineError with the server's last words, by the first call that needs it.
+
+    Weights are served whole or not at all. An update stops the server first, and new requests wait in it until the
+    update is over. A server whose update was cut short is killed: its weights are of no version. One that dies or
+    does not answer is replaced. The successor holds the model on disk, which is version 0, and serves nothing until a
+    whole update arrived, unless version 0 is what was served.
+    """
+
+    def __init__(
+        self,
+        words: tuple[str, ...],
+        start_timeout_s: float,
+        timeout_s: float,
+        backend: str = "nccl",
+        vocab: int = 0,
+        hang_s: float = 60.0,
+        command: tuple[str, ...] = (),
+        host: str = "",
+    ) -> None:
+        """``words`` are the server's arguments, all but those for its address and the version of its weights.
+
+        ``start_timeout_s``: for the server to start and to load its weights. ``timeout_s``: to load a bucket, or to
+        meet the others of a group. ``backend`` of these groups. ``vocab``: tokens the model has, 0 when that is not
+        known. ``hang_s``: a scheduler that says nothing for so long,
+        though it was told to do nothing long, hangs. ``command`` starts the server, where that is not the stock one of
+        this interpreter; ``host`` is where it listens, where that is not this machine's own address.
+        """
+        self._command = (*(command or (sys.executable, "-m", "sglang.launch_server")), *words)
+        self._host, self._backend, self._vocab = host or own_address(), backend, vocab
+        self._start_timeout, self._timeout, self._hang = start_timeout_s, timeout_s, hang_s
+        self._version = self._restarts = 0
+        self._loads = 0  # calls that may have changed weights, in this update
+        self._busy = 0  # calls under way that may take long
+        self._refusal = ""  # why no request may be served
+        self._paused = False
+        self._session: Live | None = None  # the server that is being updated
+        self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
+        self._starting = asyncio.ensure_future(self._start(tries=1))
+        self._watching = asyncio.ensure_future(self._watch())
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    async def address(self) -> str:
+        """Where to send requests: a URL, with a mark behind # that every reply must carry (see ``wire.stamp``).
+
+        Answers at once. Raises EngineError with the reason when the engine serves nothing now.
+        """
+        if not self._starting.done():
+            raise EngineError(f"its server is starting{f'; {self._refusal}' if self._refusal else ''}")
+        live = self._starting.result()
+        if self._refusal:
+            raise EngineError(self._refusal)
+        return live.address
+
+    async def vocab(self) -> int:
+        """Tokens the model has, 0 when that is not known. A prompt with another one kills the server."""
+        return self._vocab
+
+    async def abort(self, ids: list[str] | None) -> None:
+        """Complete these requests, or all, with finish "abort" and the tokens they have. Unknown ids are ignored."""
+        live = await self._live()
+        for id in [None] if ids is None else ids:
+            self._aborted[id] = self._version
+        await self._unpin(live)
+        if ids is None:
+            await live.call.repeat("/abort_request", {"abort_all": True})
+            return
+        rids = [wire.rid(id, attempt) for id in ids for attempt in range(wire.MOST_TRIES)]
+        await asyncio.gather(*(live.call.repeat("/abort_request", {"rid": rid}) for rid in rids))
+
+    async def aborted(self, requests: list[tuple[str, int]]) -> list[bool]:
+        """Of each request that came back aborted, by its id and the version of the weights then: whether ``abort``
+        asked for it. Any other was cut short by an update, and is to go on as a new request.
+        """
+        return [version in (self._aborted.get(id, -1), self._aborted.get(None, -1)) for id, version in requests]
+
+    async def pause(self) -> None:
+        """Write no token until ``resume``; requests are still taken."""
+        live = await self._live()
+        self._paused = True
+        if self._session is None:
+            await live.call.repeat("/pause_generation", {"mode": "in_place"})
+
+    async def resume(self) -> None:
+        live = await self._live()
+        self._paused = False
+        if self._session is None:
+            await self._go_on(live)
+
+    async def health(self) -> dict[str, Any]:
+        """``version``, requests ``running`` and ``waiting``, ``restarts`` so far, SGLang's own ``release``.
+
+        ``refuses`` says why nothing is served now, or is empty. ``stale`` is true when only whole weights help.
+        """
+        state = {"version": self._version, "running": 0, "waiting": 0, "restarts": self._restarts, "release": ""}
+        state |= {"refuses": "its server is starting", "stale": bool(self._refusal)}
+        if not self._starting.done():
+            return state
+        try:
+            live = self._starting.result()
+            loads = (await live.call.get("/v1/loads"))["loads"]
+        except EngineError as error:
+            return state | {"refuses": str(error)}
+        counts = {kind: sum(load[f"num_{kind}_reqs"] for load in loads) for kind in ("running", "waiting")}
+        return state | counts | {"release": live.release, "refuses": self._refusal}
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    async def begin_update(self) -> None:
+        """Stop writing tokens, and expect every tensor of the model, through ``load``.
+
+        Waits for a server that is starting. Requests in flight wait too and go on with the new weights; 0.5.16, which
+        would keep what it computed for them with the old ones, has them come back aborted instead (see ``aborted``).
+        """
+        live = await self._live()
+        self._loads = 0
+        if self._session is live:
+            return
+        if not live.sessions:
+            await self._unpin(live)
+            await self._long(live, "/pause_generation", {"mode": "abort"})
+        # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush at the end.
+        await live.call.repeat("/pause_generation", {"mode": "retract"})
+        if live.sessions:
+            await live.call.post("/begin_weight_update", {"selector": "all"})
+        self._session = live
+
+    async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+        """Have the server load a bucket. Returns no checksums: it has none of single tensors as they were sent.
+
+        Raises TransportError with what the server says is wrong; ``abort_update`` then replaces the server.
+        """
+        live = self._updating("weights arrived outside an update; call begin_update first")
+        path, body = wire.update(bucket)
+        self._loads += 1
+        try:
+            await self._long(live, path, body)
+        except EngineError as error:
+            raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
+        return {}
+
+    async def end_update(self, version: int) -> None:
+        """Forget what the old weights computed, and serve the new ones as ``version``.
+
+        Raises TransportError when nothing arrived or the server refuses; ``abort_update`` then replaces the server.
+        """
+        live = self._updating("end_update without begin_update")
+        if not self._loads:
+            raise TransportError("no weights arrived between begin_update and end_update")
+        try:
+            if live.sessions:
+                await self._long(live, "/end_weight_update")
+            await live.call.repeat("/flush_cache")
+            stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
+            await live.call.repeat("/update_weight_version", {"new_version": stamped, "abort_all_requests": False})
+            if not self._paused:
+                await self._go_on(live)
+        except EngineError as error:
+            raise TransportError(f"the SGLang server did not end the update: {error}") from error
+        self._aborted = {id: at for id, at in self._aborted.items() if at == self._version}
+        self._version, self._session, self._refusal, self._loads = version, None, "", 0
+
+    async def abort_update(self) -> None:
+        """Give up an update. A server whose weights were partly overwritten is replaced; returns at once."""
+        live, self._session = self._session, None
+        if live is None or not self._is_current(live):
+            return
+        if not self._loads:
+            with suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(ABORT_S):
+                    if live.sessions:
+                        await live.call.post("/end_weight_update")
+                    if not self._paused:
+                        await self._go_on(live)
+                return
+        self._replace(live, "an update of its weights was cut short", stale=self._loads > 0)
+
+    async def join(self, address: str, port: int, rank_offset: int, world: int, name: str) -> None:
+        """Enter the group ``name`` of ``world`` ranks that meets at ``address``, as ranks ``rank_offset`` and up.
+
+        Returns once all of them are there. A server that was replaced is in no group any more.
+        """
+        where = {"master_address": address, "master_port": port}
+        place = {"rank_offset": rank_offset, "world_size": world, "group_name": name, "backend": self._backend}
+        await self._long(await self._live(), "/init_weights_update_group", where | place)
+
+    async def leave(self, name: str) -> None:
+        await self._long(await self._live(), "/destroy_weights_update_group", {"group_name": name})
+
+    async def checksums(self) -> dict[str, str]:
+        """A hash of each parameter and buffer, by tensor-parallel rank and SGLang's own name: "0/model.norm.weight".
+
+        SGLang fuses and cuts tensors, so they cannot be compared with what was sent, but with those of another engine,
+        or of this one before an update that changes nothing. 0.5.16 has none without a GPU: raises EngineError.
+        """
+        told = await self._long(await self._live(), "/weights_checker", {"action": "checksum"})
+        return {
+            f"{rank}/{name}": value
+            for rank, info in enumerate(told["ranks"])
+            for name, value in info["checksums"].items()
+        }
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    async def release(self, tags: list[str]) -> None:
+        """Free the memory of "weights", "kv_cache" or "cuda_graph". Raises EngineError while requests are in flight.
+
+        What was in it is lost.
+        """
+        live = await self._live()
+        # The server ends itself when it is asked this while it works: it must be known to be idle.
+        await live.call.repeat(f"/flush_cache?timeout={IDLE_S}")
+        await self._long(live, "/release_memory_occupation", {"tags": tags})
+
+    async def restore(self, tags: list[str]) -> None:
+        """Take that memory again; weights must be loaded into it, the KV cache is empty."""
+        await self._long(await self._live(), "/resume_memory_occupation", {"tags": tags})
+
+    # -- the server ----------------------------------------------------------------------------------------------
+
+    async def restart(self, address: str, why: str) -> None:
+        """Replace the server if it still is the one at ``address``: whoever asked it for tokens got no answer."""
+        if self._starting.done() and not self._starting.exception():
+            live = self._starting.result()
+            if live.address == address:
+                self._replace(live, why)
+
+    async def close(self) -> None:
+        """End the server, and wait until it is gone."""
+        self._watching.cancel()
+        self._starting.cancel()
+        with suppress(asyncio.CancelledError, EngineError):
+            live = await self._starting
+            await live.end()
+
+    async def _live(self) -> Live:
+        """The server, once it is up. Raises EngineError with the reason when it is not."""
+        return await asyncio.shield(self._starting)
+
+    def _is_current(self, live: Live) -> bool:
+        started = self._starting
+        return started.done() and not started.exception() and started.result() is live
+
+    def _updating(self, otherwise: str) -> Live:
+        """The server that is being updated; TransportError when none is."""
+        if self._session is None:
+            raise TransportError(otherwise)
+        if not self._is_current(self._session):
+            raise TransportError(f"the server was replaced in the middle of the update; {self._refusal}")
+        return self._session
+
+    async def _unpin(self, live: Live) -> None:
+        """Make requests of a paused server abortable: those that keep their place are, but by their next token."""
+        if self._paused:
+            await live.call.repeat("/pause_generation", {"mode": "retract"})
+
+    async def _go_on(self, live: Live) -> None:
+        # By default this would also give memory back to the driver, which takes longer than the rest of an update.
+        await live.call.repeat("/continue_generation", {"torch_empty_cache": False})
+
+    async def _long(self, live: Live, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A call during which the scheduler may rightly be silent. Never repeated: it may have been obeyed."""
+        self._busy += 1
+        try:
+            return await live.call.post(path, body, timeout=self._timeout)
+        finally:
+            self._busy -= 1
+
+    async def _start(self, tries: int, old: Live | None = None) -> Live:
+        """Produces a server, once ``old`` is gone. Raises what the last of ``tries`` raised."""
+        if old:
+            await old.end()
+        while True:
+            tries -= 1
+            try:
+                live = await launch(self._command, self._host, self._start_timeout)
+            except EngineError:
+                if not tries:
+                    raise
+                await asyncio.sleep(AGAIN_S)
+                continue
+            if self._paused:
+                await live.call.repeat("/pause_generation", {"mode": "in_place"})
+            return live
+
+    def _replace(self, old: Live, why: str, stale: bool = False) -> None:
+        """Kill a server now, and start its successor behind the caller's back, unless that has happened already.
+
+        ``stale``: the successor's weights are not those that the engine should have, even if that is version 0.
+        """
+        if not self._is_current(old):
+            return
+        old.process.stop()
+        self._restarts += 1
+        if stale or self._version or self._refusal:
+            self._refusal = f"{why}; its successor serves nothing until whole weights arrive"
+        print(f"the SGLang server at {old.url} is replaced: {why}", flush=True)
+        self._starting = asyncio.ensure_future(self._start(STARTS, old))
+
+    async def _watch(self) -> None:
+        """Consumes servers that came up; has each replaced that dies or hangs. Ends with the engine."""
+        while True:
+            with suppress(EngineError):  # one that never came up: whoever calls hears of it
+                live = await self._live()
+                self._replace(live, await self._unwell(live))
+            await asyncio.sleep(LOOK_S)
+
+    async def _unwell(self, live: Live) -> str:
+        """Returns what is wrong, once something is or the server was replaced.
+
+        The question asked is one that the scheduler answers and that makes it compute nothing: ``/health`` would have
+        it generate a token, perhaps in memory that was released.
+        """
+        asked = monotonic()
+        while self._is_current(live):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(live.process.ended.wait(), LOOK_S)
+            if not live.process.alive:
+                return f"its server died{live.process.last_words()}"
+            if self._session or self._busy or monotonic() - asked < min(PULSE_S, self._hang):
+                continue
+            try:
+                await live.call.get("/server_info", timeout=self._hang)
+            except (Silent, Unreachable) as error:
+                if not (self._session or self._busy):
+                    return f"its server hangs: {error}"
+            asked = monotonic()
+        return ""

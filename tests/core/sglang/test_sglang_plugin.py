@@ -1,0 +1,191 @@
+"""``[sglang]``: what is refused before anything starts, and what the engines are started with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from miles_core.config import RunConfig
+from miles_core.edges.sglang import SGLang, arguments
+
+# SGLang's parser in miniature: every way in which the true one takes its arguments (arg_groups/arg_utils.py).
+PARSER = """
+import argparse, json, sys
+
+print("something that a library prints")
+
+class ServerArgs:
+    @staticmethod
+    def add_cli_args(parser):
+        parser.add_argument("--model-path", "--model", type=str, required=True)
+        parser.add_argument("--tp-size", "--tensor-parallel-size", type=int, default=1)
+        parser.add_argument("--mem-fraction-static", type=float)
+        parser.add_argument("--attention-backend", choices=["triton", "fa3"])
+        parser.add_argument("--disable-cuda-graph", action="store_true")
+        parser.add_argument("--enable-deterministic-inference", action="store_true")
+        parser.add_argument("--enable-replay", action=argparse.BooleanOptionalAction)
+        parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
+        parser.add_argument("--json-model-override-args", type=json.loads)
+        parser.add_argument("--weights-of", dest="weight_version", type=str)
+        parser.add_argument("--device", type=str)
+"""
+
+
+@pytest.fixture
+def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed SGLang whose parser is the one above."""
+    package = tmp_path / "installed" / "sglang" / "srt"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "server_args.py").write_text(PARSER)
+    info = package.parents[1] / "sglang-0.5.16.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.16\n")
+    monkeypatch.syspath_prepend(str(package.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(package.parents[1]))
+    arguments._ask.cache_clear()
+
+
+def plugin(tmp_path: Path, table: dict[str, Any], use: str = "sglang", **run: Any) -> SGLang:
+    model = {"path": str(tmp_path), **run.pop("model", {})}
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 4096, "vocab_size": 61}))
+    config = RunConfig.model_validate({"algorithm": "core", "model": model, "use": {"engines": use}, **run})
+    return SGLang(SGLang.Config.model_validate(table), config)
+
+
+def complaints(made: SGLang) -> dict[str, str]:
+    found: dict[str, str] = {}
+    made.miles_check(complain=lambda key, message: found.__setitem__(key, message))
+    return found
+
+
+@pytest.mark.usefixtures("sglang")
+def test_the_parser_of_sglang_judges(tmp_path: Path) -> None:
+    good: dict[str, Any] = {
+        "tensor_parallel_size": 2,
+        "mem_fraction_static": 0.8,
+        "attention_backend": "triton",
+        "disable_cuda_graph": False,
+        "cuda_graph_bs_decode": [1, 2],
+        "json_model_override_args": {"layers": [1, 2]},
+    }
+    assert complaints(plugin(tmp_path, good)) == {}
+    wrong = {
+        "mem_fraction_statik": 0.8,
+        "attention_backend": "tritn",
+        "disable_cuda_graph": "yes",
+        "tp_size": "two",
+        "mem_fraction_static": True,
+    }
+    found = complaints(plugin(tmp_path, wrong | {"cuda_graph_bs_decode": [1]}))
+    assert found.keys() == {f"sglang.{key}" for key in wrong}
+    assert found["sglang.mem_fraction_statik"] == "no such SGLang argument; did you mean 'mem_fraction_static'?"
+    assert "invalid choice: 'tritn' (choose from" in found["sglang.attention_backend"]
+    assert found["sglang.disable_cuda_graph"] == "a switch: write true or false, got 'yes'"
+    assert "invalid int value: 'two'" in found["sglang.tp_size"]
+    assert found["sglang.mem_fraction_static"] == "wants a value, got true"
+
+
+@pytest.mark.usefixtures("sglang")
+def test_what_miles_sets_is_refused_by_name(tmp_path: Path) -> None:
+    found = complaints(plugin(tmp_path, {key: 1 for key in arguments.OURS} | {"model": "x", "load_format": "dummy"}))
+    assert found.keys() == {f"sglang.{key}" for key in (*arguments.OURS, "model", "load_format")}
+    assert found["sglang.port"] == "is not yours to set: an engine listens on a port that it finds free"
+    assert found["sglang.model"] == "is not yours to set: it is model.path"
+    # by another spelling, which only the parser knows
+    assert complaints(plugin(tmp_path, {"weights_of": "1"})) == {
+        "sglang.weights_of": f"is not yours to set: {arguments.OURS['weight_version']}"
+    }
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("key", arguments.REPLICAS)
+def test_replicas_in_a_server_are_refused(tmp_path: Path, key: str) -> None:
+    assert "placement.engines" in complaints(plugin(tmp_path, {key: 2}))[f"sglang.{key}"]
+    assert f"sglang.{key}" not in {key for key, _ in arguments.refused({key: 2, "enable_dp_attention": True})}
+
+
+def test_without_sglang_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    assert complaints(plugin(tmp_path, {"port": 1})) == {
+        "sglang.port": "is not yours to set: an engine listens on a port that it finds free",
+        "use.engines": "SGLang is not installed; pip install 'miles-core[sglang]'",
+    }
+
+
+@pytest.mark.usefixtures("sglang")
+def test_a_parser_that_does_not_run_is_one_complaint(tmp_path: Path) -> None:
+    (tmp_path / "installed" / "sglang" / "srt" / "server_args.py").write_text("import libcuda_that_is_missing")
+    assert complaints(plugin(tmp_path, {"tensor_parallel_size": 2})) == {
+        "sglang": "SGLang's argument parser does not run here: ModuleNotFoundError: No module named "
+        "'libcuda_that_is_missing'"
+    }
+
+
+def test_a_run_on_other_engines_is_not_asked(tmp_path: Path) -> None:
+    made = plugin(tmp_path, {"port": 1}, use="local")
+    assert complaints(made) == {} and made.miles_explain() == {}
+
+
+@pytest.mark.usefixtures("sglang")
+def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
+    table = {
+        "tensor_parallel_size": 2,
+        "disable_cuda_graph": True,
+        "cuda_graph_bs_decode": [1, 2],
+        "enable_replay": False,
+    }
+    made = plugin(tmp_path, table, placement={"engines": 2}, seed=7, rollout={"timeout_s": 60})
+    first, second = made.miles_engines().processes
+    words, *rest = second.args
+    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61])
+    said = [
+        "--tp-size",
+        "2",
+        "--disable-cuda-graph",
+        "--cuda-graph-bs-decode",
+        "1",
+        "2",
+        "--no-enable-replay",
+    ]
+    own = ["--model-path", str(tmp_path), "--skip-tokenizer-init", "--random-seed", "8", "--enable-memory-saver"]
+    assert list(words) == said + own
+    assert first.args[0] == tuple(word if word != "8" else "7" for word in words)
+    assert made.miles_explain()["engines"].startswith("2 SGLang 0.5.16 servers, 2 GPUs each\nsampling differs")
+
+
+@pytest.mark.usefixtures("sglang")
+def test_on_a_cpu_there_is_no_memory_to_save(tmp_path: Path) -> None:
+    made = plugin(tmp_path, {"device": "cpu", "enable_deterministic_inference": True})
+    [process] = made.miles_engines().processes
+    assert process.gpus == 0 and process.args[3] == "gloo" and "--enable-memory-saver" not in process.args[0]
+    assert made.miles_explain()["engines"] == "1 SGLang 0.5.16 server, on the CPU"
+
+
+@pytest.mark.parametrize(("context", "asked"), [(1024, "1026"), (4095, "4096"), (4096, "4096"), (8192, "8192")])
+def test_a_response_may_fill_the_context(tmp_path: Path, context: int, asked: str) -> None:
+    """SGLang stops two tokens earlier, so it is told of two more, where the model has them."""
+    words = plugin(tmp_path, {}, model={"context": context})._own(0, False)
+    assert words[words.index("--context-length") + 1] == asked
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize(
+    ("draw", "table", "key"),
+    [
+        ({"top_p": 0.9}, {}, "rollout.top_p"),
+        ({"top_k": 5000}, {}, "rollout.top_k"),
+        ({"top_p": 0.9, "top_k": 5000}, {"sampling_mask_max_tokens": 6000}, None),
+        ({"top_p": 0.9, "top_k": 100}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_cut_vocabulary_is_refused_where_its_logprobs_are_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: dict[str, Any], table: dict[str, Any], key: str | None
+) -> None:
+    monkeypatch.setattr(arguments, "check", lambda table: [])
+    found = complaints(plugin(tmp_path, table, rollout=draw))
+    assert list(found) == ([key] if key else []) and all("SGLang tells" in message for message in found.values())
