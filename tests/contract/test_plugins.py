@@ -43,7 +43,7 @@ def test_core_alone_leaves_only_the_loss_unanswered(place: Any, run: RunConfig) 
     """What core brings fills every slot but the one that makes an algorithm, and every pair of its plugins agrees."""
     plugins = {name: build(name, run) for name in BUILTIN}
     with pytest.raises(Exception, match="does not answer miles_loss"):
-        Registry(place, plugins, {}, "core")
+        Registry(place, plugins, run)
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -51,5 +51,5 @@ def test_core_alone_leaves_only_the_loss_unanswered(place: Any, run: RunConfig) 
 def test_it_stands_alone_beside_core(place: Any, name: str, run: RunConfig) -> None:
     plugins = {name: build(name, run)} | {builtin: build(builtin, run) for builtin in BUILTIN}
     if "miles_loss" in dir(plugins[name]):
-        registry = Registry(place, plugins, {}, name)
+        registry = Registry(place, plugins, run.model_copy(update={"algorithm": name}))
         assert registry.owner["miles_loss"] == name

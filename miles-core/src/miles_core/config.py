@@ -44,9 +44,7 @@ class ModelTable(Table):
 
 
 class OptimTable(Table):
-    """Adam with decoupled weight decay; the names Megatron gives these are set from here."""
-
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0)  # of Adam with decoupled weight decay; Megatron's own names are set from here
     min_lr: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = Field(0, ge=0)  # optimizer updates
@@ -86,6 +84,7 @@ class CheckpointTable(Table):
 
 
 class PlacementTable(Table):
+    layout: Literal["cpu", "colocate", "split"] = "cpu"  # engines share the trainers' GPUs in turns, or have their own
     trainers: int = Field(1, gt=0)  # training ranks: one per GPU, or per CPU process
     engines: int = Field(1, gt=0)
     rollout_workers: int = Field(1, gt=0)
@@ -113,6 +112,12 @@ class RunConfig(Table):
     def max_staleness(self) -> int:
         """How many versions older than the newest weights a token may be when it is trained on."""
         return {"sync": 0, "overlap": 1}[self.mode]
+
+    @property
+    def own(self) -> dict[str, str]:
+        """Which of core's plugins answers a slot that two of them can."""
+        cpu = {"engines": "local", "transport": "shm"}
+        return cpu if self.placement.layout == "cpu" else dict.fromkeys(cpu, "sglang")
 
 
 class Source:

@@ -33,6 +33,7 @@ BUILTIN = {
     "ray": "miles_core.edges.cluster:Ray",
     "megatron": "miles_core.edges.megatron:Megatron",
     "local": "miles_core.edges.local:Local",
+    "sglang": "miles_core.edges.sglang:SGLang",
     "shm": "miles_core.edges.transport:SharedMemory",
     "data": "miles_core.edges.data:Data",
     "reward": "miles_core.edges.reward:Reward",
@@ -76,9 +77,8 @@ class Found:
         except PluginError:
             raise
         except Exception as error:
-            raise PluginError(
-                f"{self.dist} {self.version} does not import: {type(error).__name__}: {error} ({self.entry.value})"
-            ) from error
+            why = f"{type(error).__name__}: {error} ({self.entry.value})"
+            raise PluginError(f"{self.dist} {self.version} does not import: {why}") from error
         if not (isinstance(cls, type) and issubclass(cls, Plugin)):
             raise PluginError(f"{self.dist} {self.version}: {self.entry.value} is not a miles_core.Plugin")
         check(self.name, cls)
@@ -156,12 +156,12 @@ class Registry:
     Raises PluginError on a tie, an empty slot or half an algorithm.
     """
 
-    def __init__(self, place: Place, plugins: dict[str, Plugin], use: dict[str, str], algorithm: str) -> None:
-        self.plugins, self._pm = plugins, pluggy.PluginManager("miles")
+    def __init__(self, place: Place, plugins: dict[str, Plugin], run: RunConfig) -> None:
+        self.plugins, self.run, self._pm = plugins, run, pluggy.PluginManager("miles")
         self._pm.add_hookspecs(Hooks)
         for name, plugin in reversed(plugins.items()):  # pluggy asks the last one registered first
             self._pm.register(plugin, name)
-        self.owner = {hook: self._owner(hook, use, algorithm) for hook, spec in SPECS.items() if spec.kind == "slot"}
+        self.owner = {hook: self._owner(hook, run) for hook, spec in SPECS.items() if spec.kind == "slot"}
         for hook, spec in SPECS.items():
             if spec.place == place:
                 setattr(self, hook.removeprefix("miles_"), self._bind(hook, spec))
@@ -175,14 +175,14 @@ class Registry:
         impls = reversed(getattr(self._pm.hook, hook).get_hookimpls())
         return [impl.plugin_name for impl in impls if not impl.wrapper]
 
-    def _owner(self, hook: str, use: dict[str, str], algorithm: str) -> str:
-        slot, names = hook.removeprefix("miles_"), self.answerers(hook)
-        rivals = [name for name in names if name not in BUILTIN] or names
+    def _owner(self, hook: str, run: RunConfig) -> str:
+        slot, names, use, algorithm = hook.removeprefix("miles_"), self.answerers(hook), run.use, run.algorithm
+        own = [name for name in names if run.own.get(slot, name) == name]
+        rivals = [name for name in names if name not in BUILTIN] or own
         if slot in use:
             if use[slot] not in names:
-                raise PluginError(
-                    f"use.{slot}: {use[slot]!r} does not answer {hook}; {' and '.join(names) or 'nobody'} does"
-                )
+                who = " and ".join(names) or "nobody"
+                raise PluginError(f"use.{slot}: {use[slot]!r} does not answer {hook}; {who} does")
             return use[slot]
         if SPECS[hook].algorithm:
             if others := [name for name in rivals if name not in (algorithm, *BUILTIN)]:
@@ -277,7 +277,7 @@ class Manifest:
                     raise PluginError(f"this process has {have}, the driver has {found.dist} {found.version}")
             cls = found.load()
             plugins[found.name] = cls(cls.Config.model_validate_json(config), run)
-        return Registry(place, plugins, run.use, run.algorithm)
+        return Registry(place, plugins, run)
 
     @property
     def tables(self) -> dict[str, Any]:

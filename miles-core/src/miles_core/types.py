@@ -71,6 +71,7 @@ class Batch:
     temperature: float  # that the sequences were sampled at; the trainer's logits are divided by it
     counts: dict[Per, int]  # over every micro-batch of every rank in this update: the denominators of every loss
     columns: dict[str, Tensor] = field(default_factory=dict)  # [T] float32, from miles_columns and miles_advantage
+    host: Any = None  # the same rows in numpy, for who would wait for a GPU to read them; None where there are none
 
     def by_seq(self, x: Tensor) -> Tensor:
         """[T] -> [S]: the sum of ``x`` over each sequence's trained tokens."""

@@ -43,7 +43,7 @@ class Wrapper(Plugin):
 def registry(*classes, place="trainer", use=None, algorithm="a") -> Registry:
     plugins = {cls.__name__.lower(): cls(cls.Config(), ONE) for cls in classes}
     plugins |= {name: installed()[name].load()(installed()[name].load().Config(), ONE) for name in BUILTIN}
-    return Registry(place, plugins, use or {}, algorithm)
+    return Registry(place, plugins, ONE.model_copy(update={"use": use or {}, "algorithm": algorithm}))
 
 
 def answer(hooks):

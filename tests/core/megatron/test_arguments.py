@@ -99,16 +99,31 @@ def test_says_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
         ("fp8_format", "e4m3", "needs Transformer Engine"),
         ("attention_dropout", 0.1, "no dropout"),
         ("num_layers_per_virtual_pipeline_stage", 1, "interleaved"),
-        ("transformer_impl", "transformer_engine", "local ones"),
+        ("transformer_impl", "inference_optimized", "there are layers for"),
     ],
 )
 def test_refuses_by_name(key: str, value: object, advice: str) -> None:
-    ((where, said),) = limits.refused({key: value})
+    ((where, said),) = limits.refused({key: value}, gpu=True)
     assert where == f"megatron.{key}" and advice in said
 
 
+def test_layers_of_transformer_engine_need_a_gpu() -> None:
+    ((where, said),) = limits.refused({"transformer_impl": "transformer_engine"}, gpu=False)
+    assert where == "megatron.transformer_impl" and "needs a GPU" in said
+    assert limits.refused({"transformer_impl": "transformer_engine"}, gpu=True) == []
+
+
+def test_a_stage_cannot_feed_the_engine_beside_it() -> None:
+    def said(layout: str) -> list[tuple[str, str]]:
+        tables = {"algorithm": "x", "model": {"path": "m"}, "placement": {"layout": layout, "trainers": 2}}
+        return limits.turns({"pipeline_model_parallel_size": 2}, RunConfig.model_validate(tables))
+
+    assert [key for key, _ in said("colocate")] == ["megatron.pipeline_model_parallel_size"]
+    assert said("split") == said("cpu") == []
+
+
 def test_leaves_alone_what_is_the_users() -> None:
-    assert limits.refused({"bf16": True, "tensor_model_parallel_size": 2, "moe_grouped_gemm": False}) == []
+    assert limits.refused({"bf16": True, "tensor_model_parallel_size": 2, "moe_grouped_gemm": False}, gpu=False) == []
 
 
 @pytest.mark.parametrize(

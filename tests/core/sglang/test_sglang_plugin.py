@@ -49,10 +49,11 @@ def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments._ask.cache_clear()
 
 
-def plugin(tmp_path: Path, table: dict[str, Any], use: str = "sglang", **run: Any) -> SGLang:
+def plugin(tmp_path: Path, table: dict[str, Any], layout: str = "split", **run: Any) -> SGLang:
     model = {"path": str(tmp_path), **run.pop("model", {})}
+    run["placement"] = {"layout": layout, **run.get("placement", {})}
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 4096, "vocab_size": 61}))
-    config = RunConfig.model_validate({"algorithm": "core", "model": model, "use": {"engines": use}, **run})
+    config = RunConfig.model_validate({"algorithm": "core", "model": model, **run})
     return SGLang(SGLang.Config.model_validate(table), config)
 
 
@@ -126,7 +127,7 @@ def test_a_parser_that_does_not_run_is_one_complaint(tmp_path: Path) -> None:
 
 
 def test_a_run_on_other_engines_is_not_asked(tmp_path: Path) -> None:
-    made = plugin(tmp_path, {"port": 1}, use="local")
+    made = plugin(tmp_path, {"port": 1}, layout="cpu")
     assert complaints(made) == {} and made.miles_explain() == {}
 
 
@@ -141,7 +142,7 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
     made = plugin(tmp_path, table, placement={"engines": 2}, seed=7, rollout={"timeout_s": 60})
     first, second = made.miles_engines().processes
     words, *rest = second.args
-    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61])
+    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61, False])
     said = [
         "--tp-size",
         "2",
@@ -151,7 +152,8 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
         "2",
         "--no-enable-replay",
     ]
-    own = ["--model-path", str(tmp_path), "--skip-tokenizer-init", "--random-seed", "8", "--enable-memory-saver"]
+    own = ["--model-path", str(tmp_path), "--skip-tokenizer-init", "--random-seed", "8"]
+    own += ["--dtype", "bfloat16", "--enable-memory-saver"]
     assert list(words) == said + own
     assert first.args[0] == tuple(word if word != "8" else "7" for word in words)
     assert made.miles_explain()["engines"].startswith("2 SGLang 0.5.16 servers, 2 GPUs each\nsampling differs")
@@ -159,7 +161,9 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("sglang")
 def test_on_a_cpu_there_is_no_memory_to_save(tmp_path: Path) -> None:
-    made = plugin(tmp_path, {"device": "cpu", "enable_deterministic_inference": True})
+    table = {"device": "cpu", "enable_deterministic_inference": True}
+    made = plugin(tmp_path, table, layout="cpu", use={"engines": "sglang"})
+    assert complaints(made) == {}
     [process] = made.miles_engines().processes
     assert process.gpus == 0 and process.args[3] == "gloo" and "--enable-memory-saver" not in process.args[0]
     assert made.miles_explain()["engines"] == "1 SGLang 0.5.16 server, on the CPU"
@@ -189,3 +193,35 @@ def test_a_cut_vocabulary_is_refused_where_its_logprobs_are_not_told(
     monkeypatch.setattr(arguments, "check", lambda table: [])
     found = complaints(plugin(tmp_path, table, rollout=draw))
     assert list(found) == ([key] if key else []) and all("SGLang tells" in message for message in found.values())
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("sglang")
+def test_in_turns_an_engine_sits_beside_the_trainers_of_its_gpus(tmp_path: Path) -> None:
+    made = plugin(tmp_path, {"tp_size": 2}, "colocate", placement={"trainers": 4, "engines": 2})
+    assert complaints(made) == {}
+    processes = made.miles_engines().processes
+    assert [process.beside for process in processes] == [("trainer-0", "trainer-1"), ("trainer-2", "trainer-3")]
+    assert all(process.gpus == 0 and process.args[5] is True for process in processes)
+    assert type(made.miles_transport()).__name__ == "HandleTransport"
+    assert type(plugin(tmp_path, {}).miles_transport()).__name__ == "BroadcastTransport"
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize(
+    ("layout", "table", "run", "key"),
+    [
+        ("colocate", {}, {"mode": "overlap"}, "mode"),
+        ("colocate", {"tp_size": 2}, {}, "placement.engines"),
+        ("colocate", {}, {"placement": {"trainers": 2}}, "placement.engines"),
+        ("split", {"device": "cpu"}, {}, "sglang.device"),
+        ("cpu", {}, {"use": {"engines": "sglang"}}, "placement.layout"),
+        ("split", {}, {"mode": "overlap", "placement": {"trainers": 2}}, None),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(
+    tmp_path: Path, layout: str, table: dict[str, Any], run: dict[str, Any], key: str | None
+) -> None:
+    assert list(complaints(plugin(tmp_path, table, layout, **run))) == ([key] if key else [])

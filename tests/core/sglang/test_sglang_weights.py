@@ -317,3 +317,70 @@ def test_memory_is_released_between_rollouts_only(dialect: str, monkeypatch: pyt
             assert not worker.engine._restarts
 
     asyncio.run(go())
+
+
+# -- GPUs shared with trainers -----------------------------------------------------------------------------------------
+
+
+def test_in_turns_the_memory_is_the_trainers_from_begin_update_to_the_first_bucket(dialect: str) -> None:
+    opened, closed = (["/begin_weight_update"], ["/end_weight_update"]) if dialect == "0.5.23" else ([], [])
+    stops = ["/pause_generation"] * (1 if opened else 2)
+
+    async def go() -> None:
+        async with engines(dialect, turns=True) as [worker]:
+            client = SGLangClient([worker], 10)
+            assert await worker.engine.ready() == f"SGLang {dialect}"
+            for version in (1, 2):
+                before = len(await calls(worker))
+                await asyncio.gather(worker.engine.begin_update(), worker.engine.begin_update())
+                released = await calls(worker)
+                assert released[before:] == [*stops, "/flush_cache", "/release_memory_occupation"]
+                await asyncio.gather(worker.engine.load(weights(a=version)), worker.engine.load(weights(b=version)))
+                await worker.engine.end_update(version)
+                assert (await calls(worker))[len(released) :] == [
+                    "/resume_memory_occupation",
+                    *opened,
+                    "/update_weights_from_tensor",
+                    "/update_weights_from_tensor",
+                    *closed,
+                    "/resume_memory_occupation",
+                    "/flush_cache",
+                    "/update_weight_version",
+                    "/continue_generation",
+                ]
+                [request] = group(version, 1)
+                assert_whole(request, (await client.generate([request]))[0], [version] * 6)
+            assert not worker.engine._restarts
+
+    asyncio.run(go())
+
+
+def test_in_turns_a_server_without_its_weights_is_replaced(dialect: str) -> None:
+    async def go() -> None:
+        async with engines(dialect, turns=True) as [worker]:
+            await worker.engine.begin_update()
+            await worker.engine.abort_update()
+            assert worker.engine._restarts == 1
+            await worker.engine.ready()
+            with pytest.raises(EngineError, match="serves nothing until whole weights arrive"):
+                await worker.engine.address()
+            await push(worker, 1)
+            [request] = group(0, 1)
+            assert_whole(request, (await SGLangClient([worker], 10).generate([request]))[0], [1] * 6)
+
+    asyncio.run(go())
+
+
+def test_version_0_must_be_the_model_on_disk(dialect: str) -> None:
+    async def go() -> None:
+        async with engines(dialect) as [worker]:
+            await worker.engine.ready()
+            await push(worker, 0)
+            await worker.engine.begin_update()
+            await worker.engine.load(weights(a=0, b=1))
+            with pytest.raises(TransportError, match=r"1 of 2 tensors are not what the server read.*such as 0/b"):
+                await worker.engine.end_update(0)
+            await worker.engine.abort_update()
+            assert worker.engine._restarts == 1
+
+    asyncio.run(go())

@@ -91,6 +91,10 @@ class Model(Protocol):
         """
         ...
 
+    def memory(self) -> str:
+        """What it takes of this rank's GPU, in words; nothing where there is none."""
+        ...
+
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
@@ -147,6 +151,7 @@ class Process:
     cpus: float = 1.0
     gpus: float = 0.0
     threads: int = 1  # for torch and OpenMP
+    beside: tuple[str, ...] = ()  # processes started before it, whose GPUs it shares, on their machine
 
 
 class Worker(Protocol):
@@ -221,7 +226,10 @@ class Cluster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """How to start the engines and how to reach them: ``client`` is ``module:Class``, built from their workers."""
+    """How to start the engines and how to reach them: ``client`` is ``module:Class``, built from their workers.
+
+    Each answers ``ready()`` when it can serve, with what it has, in words, and the calls that ``Transport`` names.
+    """
 
     processes: list[Process]
     client: str

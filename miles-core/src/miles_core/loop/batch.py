@@ -43,7 +43,7 @@ class Packed:
         tensors, columns = (
             {name: torch.from_numpy(x).to(device) for name, x in arrays.items()} for arrays in (rows, self.columns)
         )
-        return Batch(**tensors, old_logprobs=None, temperature=temperature, counts=counts, columns=columns)
+        return Batch(**tensors, old_logprobs=None, temperature=temperature, counts=counts, columns=columns, host=self)
 
 
 def count(units: Sequence[Unit]) -> dict[Per, int]:

@@ -4,13 +4,6 @@
                   ▲                                   │
                   └───────────── Weights ◀────────────┘
 
-Two coroutines and what stands between them:
-
-    rollouts  consumes prompts; produces the groups of one step after another, in order
-              waits for weights at most ``max_staleness`` versions older than that step's; unblocked by ``steps``
-    steps     consumes the groups of one step; produces the next version of the weights, in the trainer and the engines
-              waits for groups, then for ``rollouts`` to come to rest; unblocked by ``rollouts``
-
 With ``max_staleness`` 0 the two take turns, with 1 they overlap by one step; nothing else differs. Weights move, and
 checkpoints are written, only while ``rollouts`` rests: a run that is resumed goes on with the very same groups.
 """
@@ -44,7 +37,6 @@ async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     assert current is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)  # ends like Ctrl-C
     hooks = manifest.registry("driver")
-    run = next(iter(hooks.plugins.values())).run
     store: Store = hooks.store(run_dir=run_dir)
     if aside := store.claim(resume):
         hooks.progress(text=f"the run found in {run_dir} is now in {aside}")
@@ -53,7 +45,7 @@ async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     found = store.newest(lambda text: hooks.progress(text=text)) if resume else None
     error, cluster = None, hooks.cluster(run_dir=run_dir)
     try:
-        loop = Loop(run, hooks, await start(manifest, hooks, cluster), store, run_dir)
+        loop = Loop(hooks.run, hooks, await start(manifest, hooks, cluster), store, run_dir)
         await loop.restore(found)
         await loop.turn()
     except BaseException as caught:
@@ -128,7 +120,7 @@ class Loop:
 
     # -- rollouts ------------------------------------------------------------------------------------------------
     async def rollouts(self) -> None:
-        """Consumes prompts, produces groups. Waits for weights new enough. Unblocked by ``steps``."""
+        """Consumes prompts, produces groups, step after step. Waits for weights new enough. Unblocked by ``steps``."""
         for step in range(self.state.step + 1 + self.ready.qsize(), self.run.steps + 1):
             await self.weights.reach(step - 1 - self.run.max_staleness)
             await self.hand(*await self.gather(step))
@@ -186,7 +178,7 @@ class Loop:
             moving = asyncio.ensure_future(self.move(step, goes_on=not saves))
             (metrics, trained), (moved, rested, served) = await both(training, moving)
             waited = max(fed - max(told, free), 0.0) + max(rested - trained, 0.0)
-            metrics |= moved | {"time/sync": served - max(rested, trained), "weight_version": float(step)}
+            metrics |= moved | {"time/sync": max(served - max(rested, trained), 0.0), "weight_version": float(step)}
             if self.due(self.run.eval.every, step):
                 metrics |= await self.evaluate(step)
             self.state.step, self.state.seconds = step, time.perf_counter() - self.began

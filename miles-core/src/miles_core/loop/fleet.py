@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
+from ..edges.protocols import Cluster, Process, Worker, everyone
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout
 from .batch import Unit, count, distribute, pack
@@ -23,6 +23,7 @@ class Fleet:
     engines: list[Worker]
     rollouts: list[Worker]
     columns: dict[str, Column]
+    turns: bool  # engines give their memory to the trainers for the length of a step's training
 
     async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
         """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
@@ -45,6 +46,8 @@ class Fleet:
 
     async def train(self, step: int, payload: Any) -> dict[str, float]:
         """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
+        if self.turns:
+            await everyone(self.engines, "begin_update")
         answers = await everyone(self.ranks, "train", step, payload)
         reports = [answer for answer, layout in zip(answers, self.layouts, strict=True) if layout.reports]
         metrics: dict[str, float] = {}
@@ -70,11 +73,10 @@ class Fleet:
 
 async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
     """Start every process of the run side by side, and connect them."""
-    run = next(iter(hooks.plugins.values())).run
-    roles, columns, engines = hooks.roles(), hooks.columns(), hooks.engines()
+    run, roles, columns, engines = hooks.run, hooks.roles(), hooks.columns(), hooks.engines()
     world, hands = run.placement.trainers, run.placement.rollout_workers
-    assert isinstance(engines, Engines)
-    ranks = [Process(f"trainer-{i}", RANK, (manifest, i, world, roles, columns)) for i in range(world)]
+    gpus, turns = float(run.placement.layout != "cpu"), run.placement.layout == "colocate"
+    ranks = [Process(f"trainer-{i}", RANK, (manifest, i, world, roles, columns), gpus=gpus) for i in range(world)]
     hooks.progress(text=f"starting {world} training ranks, {len(engines.processes)} engines, {hands} rollout workers")
 
     async def trainers() -> tuple[list[Worker], list[Layout]]:
@@ -83,11 +85,14 @@ async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
 
     async def samplers() -> tuple[list[Worker], list[Worker]]:
         servers = list(await asyncio.gather(*map(cluster.start, engines.processes)))
-        workers = [
-            Process(f"rollout-{i}", ROLLOUT, (manifest, servers, engines.client), cpus=0.5) for i in range(hands)
-        ]
+        args = (manifest, servers, engines.client)
+        workers = [Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5) for i in range(hands)]
         return servers, list(await asyncio.gather(*map(cluster.start, workers)))
 
-    (trained, layouts), (served, rolling) = await asyncio.gather(trainers(), samplers())
-    await everyone(trained, "connect", served)
-    return Fleet(cluster, trained, layouts, served, rolling, columns)
+    building = asyncio.ensure_future(trainers())
+    await asyncio.wait([building], timeout=None if turns else 0)  # in turns engines take what trainers leave
+    (trained, layouts), (served, rolling) = await asyncio.gather(building, samplers())
+    told = await everyone(trained, "connect", served) + await everyone(served, "ready")
+    for text in dict.fromkeys(filter(None, told)):
+        hooks.progress(text=text)
+    return Fleet(cluster, trained, layouts, served, rolling, columns, turns)

@@ -24,7 +24,7 @@ class TrainingRank:
 
     def __init__(self, manifest: Manifest, rank: int, world: int, roles: dict[str, Role], columns: dict[str, Column]):
         self._hooks = manifest.registry("trainer")
-        self._run = next(iter(self._hooks.plugins.values())).run
+        self._run = self._hooks.run
         self._rank, self._world, self._columns = rank, world, columns
         self._roles = {"policy": Role(trained=True), **roles}
         self._trained = [name for name, role in self._roles.items() if role.trained]
@@ -46,9 +46,10 @@ class TrainingRank:
             self._models[name] = self._hooks.model(name=name, role=role)
         return self._models["policy"].layout
 
-    def connect(self, engines: list[Worker]) -> None:
+    def connect(self, engines: list[Worker]) -> str:
         self._transport: Transport = self._hooks.transport()
         self._transport.connect(engines, self._models["policy"].layout)
+        return self._models["policy"].memory()
 
     # -- one step ------------------------------------------------------------------------------------------------
     def train(self, step: int, updates: list[list[Update]]) -> dict[str, float]:
@@ -100,9 +101,8 @@ class TrainingRank:
                 batch.old_logprobs = output.logprobs.detach()
             answer = self._hooks.loss(role=name, batch=batch, output=output)
             terms: dict[str, Mean] = self._hooks.penalty(role=name, batch=batch, output=output)
-            total: torch.Tensor = sum(
-                (term.sum / batch.counts[term.per] for term in terms.values()), answer.sum / batch.counts[answer.per]
-            )
+            total: torch.Tensor = answer.sum / batch.counts[answer.per]
+            total = total + sum(term.sum / batch.counts[term.per] for term in terms.values())
             meter.add(prefix + "loss", total)
             for key, mean in (answer.metrics | terms).items():
                 meter.add(prefix + key, mean.sum / batch.counts[mean.per])

@@ -19,7 +19,7 @@ class RolloutWorker:
     def __init__(self, manifest: Manifest, engines: list[Worker], client: str) -> None:
         self._hooks = manifest.registry("rollout")
         module, _, name = client.partition(":")
-        self._run = next(iter(self._hooks.plugins.values())).run
+        self._run = self._hooks.run
         self._engine: Engine = getattr(import_module(module), name)(engines, self._run.rollout.timeout_s)
         self._hooks.rollout_start()
 

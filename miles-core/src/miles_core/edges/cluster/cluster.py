@@ -29,6 +29,7 @@ class RayCluster:
         self._namespace = f"miles-{run_dir.name}-{uuid.uuid4().hex[:8]}"
         self._started: Counter[str] = Counter()
         self._workers: list[Any] = []
+        self._places: dict[str, Place] = {}
 
     async def start(self, process: Process) -> Any:
         await self._session.answer(self._start_timeout)
@@ -36,8 +37,14 @@ class RayCluster:
 
         if self._session.local and (shortage := _shortage(process)):
             raise Refused(shortage)  # elsewhere machines may be added
-        actor = self._actor(process)
+        hosts = [self._places[name] for name in process.beside]
+        if len({host.node for host in hosts}) > 1:
+            raise Refused(
+                f"{process.name} shares the GPUs of {', '.join(process.beside)}, which are on several machines"
+            )
+        actor = self._actor(process, hosts)
         place = await self._placed(process, actor)
+        self._places[process.name] = place
         born = leash.born(place.pid) if place.node == _ray().get_runtime_context().get_node_id() else None
         worker = RayWorker(process.name, actor, place, born)
         self._workers.append(worker)
@@ -60,7 +67,7 @@ class RayCluster:
         self._workers.clear()
         await asyncio.to_thread(self._session.end)
 
-    def _actor(self, process: Process) -> Any:
+    def _actor(self, process: Process, hosts: list[Place]) -> Any:
         self._started[process.name] += 1
         nth = self._started[process.name]
         log = None
@@ -68,6 +75,12 @@ class RayCluster:
             folder = self._run_dir / "logs"
             folder.mkdir(parents=True, exist_ok=True)
             log = str(folder / f"{process.name}.log")
+        where, gpus = None, tuple[str, ...]() if not process.gpus else None
+        if hosts:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            where = NodeAffinitySchedulingStrategy(hosts[0].node, soft=False)
+            gpus = tuple(gpu for host in hosts for gpu in host.gpus)
         return (
             _ray()
             .remote(type(process.name, (Host,), {}))  # the name of the class is what ps and Ray's dashboard show
@@ -78,8 +91,9 @@ class RayCluster:
                 num_gpus=process.gpus,
                 max_restarts=0,
                 max_concurrency=CALLS,
+                scheduling_strategy=where,
             )
-            .remote(process.name, process.threads, log)
+            .remote(process.name, process.threads, log, gpus)
         )
 
     async def _placed(self, process: Process, actor: Any) -> Place:

@@ -23,6 +23,7 @@ class Place:
 
     pid: int
     node: str  # Ray's id of the machine
+    gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES has them
     log: str | None  # the file its output goes to, where that can be told
 
 
@@ -42,8 +43,11 @@ class Host:
     thread that set them. Calls through one handle begin in the order they were made.
     """
 
-    def __init__(self, name: str, threads: int, log: str | None) -> None:
+    def __init__(self, name: str, threads: int, log: str | None, gpus: tuple[str, ...] | None) -> None:
+        """``gpus`` are another process's, to be shared; None leaves those that Ray gave to this one."""
         self.name, self.threads = name, threads
+        if gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported, which is yet to come
             os.environ[variable] = str(threads)
         if log:
@@ -57,7 +61,8 @@ class Host:
         log = None
         with suppress(OSError):
             log = os.readlink("/proc/self/fd/2")
-        return Place(os.getpid(), ray.get_runtime_context().get_node_id(), log)
+        gpus = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+        return Place(os.getpid(), ray.get_runtime_context().get_node_id(), gpus, log)
 
     async def build(self, target: str, *args: Any) -> Failure | None:
         """Import ``module:Class`` and construct it; None when all went well."""

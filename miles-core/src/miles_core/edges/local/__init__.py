@@ -79,7 +79,7 @@ class Local(Plugin):
 
     def _mine(self) -> bool:
         """Whether the run may sample with this engine at all."""
-        return self.run.use.get("engines", "local") == "local"
+        return (self.run.own | self.run.use)["engines"] == "local"
 
 
 def rows_of(arch: Architecture, context: int, max_batch: int, kv_mib: int) -> int:

@@ -39,6 +39,10 @@ class LocalEngine:
         self._arrived: dict[str, int] = {}  # how often, in this update
         self._turning: asyncio.Task[None] | None = None
 
+    async def ready(self) -> str:
+        """It is, and has nothing to tell of."""
+        return ""
+
     # -- sampling ------------------------------------------------------------------------------------------------
 
     async def generate(self, requests: list[Request]) -> list[Completion]:

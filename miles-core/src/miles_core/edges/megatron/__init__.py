@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -65,23 +66,28 @@ class Megatron(Plugin):
 
         from . import arguments, device, hf
 
+        if self.table.get("tensor_model_parallel_size", 1) > 1:
+            os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron's order of kernels and collectives relies on it
+        shared = self.run.placement.layout == "colocate"
+        if self.run.placement.layout != "cpu" and not device.has_gpu():
+            raise Refused(f'{name}: placement.layout = "{self.run.placement.layout}", but this process has no GPU')
         device.install()
-        build, model = (device.import_megatron(f"{__name__}.{part}") for part in ("build", "model"))
+        build, model, memory = (device.import_megatron(f"{__name__}.{part}") for part in ("build", "model", "memory"))
         from .weights import load_weights
 
         folder = Path(role.path) if role.path else self.run.model.path
         architecture = hf.architecture(hf.read(folder))
-        args = arguments.parse(
-            arguments.settings(self.table, self.run, architecture, device.has_gpu()), self.run.placement.trainers
-        )
+        args = arguments.parse(arguments.settings(self.table, self.run, architecture), self.run.placement.trainers)
         with device.running():
             build.initialize(args)
             module = build.module(args, architecture)
             load_weights(module, folder)
             if not role.trained:
                 module.requires_grad_(False)
+            if device.has_gpu():
+                memory.check(name, memory.need(args, module, role.trained))
             trained = build.trained(args, module) if role.trained else None
-            built: Model = model.MegatronModel(name, args, folder, module, trained)
+            built: Model = model.MegatronModel(name, args, folder, module, trained, shared)
             return built
 
     @hookimpl

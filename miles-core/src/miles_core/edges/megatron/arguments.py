@@ -31,10 +31,11 @@ class ArgumentError(ValueError):
         self.key = key
 
 
-def settings(table: dict[str, Value], run: RunConfig, model: hf.Architecture, gpu: bool) -> dict[str, Value]:
-    """Every argument of this run under Megatron-LM's names: the user's, the model's, [optim]'s and the machine's."""
-    updates = run.steps * run.batch.updates
+def settings(table: dict[str, Value], run: RunConfig, model: hf.Architecture) -> dict[str, Value]:
+    """Every argument of this run under Megatron-LM's names: the user's, the model's, [optim]'s and the layout's."""
+    updates, gpu = run.steps * run.batch.updates, run.placement.layout != "cpu"
     defaults: dict[str, Value] = {"use_distributed_optimizer": True, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    defaults |= {"bf16": gpu, "transformer_impl": "local"}
     optim: dict[str, Value] = {
         "lr": run.optim.lr,
         "min_lr": run.optim.min_lr,
@@ -55,11 +56,10 @@ def settings(table: dict[str, Value], run: RunConfig, model: hf.Architecture, gp
         "calculate_per_token_loss": True,  # sums, never means: the loop divides by its own global counts
         "no_initialization": True,  # every weight is read from the model folder
         "no_check_for_nan_in_loss_and_grad": True,  # the loop's skip_step decides, and names the step
-        "transformer_impl": "local",
         "distributed_backend": "nccl" if gpu else "gloo",
         "use_cpu_initialization": not gpu,
         # Fusions that need Transformer Engine, Apex or a GPU compiler. Attention and softmax are fused by PyTorch.
-        "no_gradient_accumulation_fusion": True,
+        "no_gradient_accumulation_fusion": not gpu,
         "no_persist_layer_norm": True,
         "no_rope_fusion": True,
         "no_masked_softmax_fusion": True,
@@ -142,7 +142,7 @@ def _validate(args: argparse.Namespace, values: dict[str, Value]) -> None:
         raise ArgumentError(f"Megatron-LM refuses: {said}", key) from error
 
 
-def complaints(table: dict[str, Value], run: RunConfig, gpu: bool, validate: bool) -> list[Complaint]:
+def complaints(table: dict[str, Value], run: RunConfig, validate: bool) -> list[Complaint]:
     """What Megatron-LM's parser says of ``table``, one complaint per key; of the whole, when ``validate``."""
     parser, found = _parser(), []
     options = _options(parser)
@@ -154,7 +154,7 @@ def complaints(table: dict[str, Value], run: RunConfig, gpu: bool, validate: boo
     if not found and validate:
         try:
             model = hf.architecture(hf.read(run.model.path))
-            parse(settings(table, run, model, gpu), run.placement.trainers)
+            parse(settings(table, run, model), run.placement.trainers)
         except ArgumentError as error:
             found.append((f"megatron.{error.key}" if error.key in table else "megatron", str(error)))
     return found
@@ -162,7 +162,7 @@ def complaints(table: dict[str, Value], run: RunConfig, gpu: bool, validate: boo
 
 def check(table: dict[str, Value], run: RunConfig) -> list[Complaint]:
     """Every complaint about ``[megatron]`` and the model's shape, without importing torch or Megatron here."""
-    found = limits.refused(table) + limits.schedule(run)
+    found = limits.refused(table, run.placement.layout != "cpu") + limits.schedule(run) + limits.turns(table, run)
     try:
         found += limits.sizes(table, hf.architecture(hf.read(run.model.path)), run.placement.trainers)
         readable = True
@@ -191,11 +191,9 @@ def _ask(table: dict[str, Value], run: RunConfig, validate: bool) -> list[Compla
 
 def main() -> None:
     """Answer one question of ``_ask``."""
-    import torch
-
     question = json.load(sys.stdin)
     run = RunConfig.model_validate(question["run"])
-    answer = complaints(question["table"], run, torch.cuda.is_available(), question["validate"])
+    answer = complaints(question["table"], run, question["validate"])
     print(json.dumps(answer))
 
 

@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import layers as linear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,6 +33,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.training.argument_utils import core_transformer_config_from_args
+from torch import Tensor
 
 from . import device
 from .attention import PackedAttention
@@ -66,11 +68,25 @@ def initialize(args: Namespace) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+class _WeightGradients:
+    """What Megatron's linear layers ask of an extension of Apex, by PyTorch: grad += output^T input, in float32."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, outputs: Tensor, grad: Tensor) -> None:
+        torch.ops.aten.addmm.dtype_out(grad, outputs.t(), inputs, torch.float32, out=grad)
+
+    @staticmethod
+    def wgrad_gemm_accum_fp16(inputs: Tensor, outputs: Tensor, grad: Tensor) -> None:
+        grad.addmm_(outputs.t(), inputs)
+
+
 def module(args: Namespace, model: Architecture) -> torch.nn.Module:
     """This rank's part of the model, its weights not set yet."""
     # One place decides which of Megatron's models is built. GPTModel announces that it will give way to HybridModel,
     # which has no hook yet between the last layer and the logits.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    linear.fused_weight_gradient_mlp_cuda = _WeightGradients
+    linear._grad_accum_fusion_available = True
     config = core_transformer_config_from_args(args)
     config.variable_seq_lengths = True  # rows differ in length; pipeline stages tell each other
     config.use_te_activation_func = True  # the layer's own activation, below, is a module that takes both halves
@@ -90,7 +106,7 @@ def _gpt(args: Namespace, model: Architecture, config: TransformerConfig) -> GPT
     """This pipeline stage of the model."""
     return GPTModel(
         config=config,
-        transformer_layer_spec=_layers(config),
+        transformer_layer_spec=_layers(config, args.transformer_impl),
         vocab_size=model.vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(),
@@ -101,25 +117,32 @@ def _gpt(args: Namespace, model: Architecture, config: TransformerConfig) -> GPT
     )
 
 
-def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's layer out of its local linear layers, with attention over packed rows.
+def _layers(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
+    """Megatron's layer out of its local linear layers, or TransformerEngine's, with attention over packed rows.
 
-    Names in checkpoints are those of the layers that fuse the norm into the linear layer after it.
+    Those of TransformerEngine hold the norm before them. Names in checkpoints are theirs in either case.
     """
+    norm: Any = RMSNorm
+    into: Any = ColumnParallelLinear
+    out_of: Any = RowParallelLinear
+    if kind == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        norm, into, out_of = IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=into,
         core_attention=PackedAttention,
-        linear_proj=RowParallelLinear,
+        linear_proj=out_of,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
+    mlp = MLPSubmodules(linear_fc1=into, linear_fc2=out_of, activation_func=SwiGLU)
     layer = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=norm,
         self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
+        pre_mlp_layernorm=norm,
         mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={

@@ -14,7 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from ...types import Batch, Output
-from .attention import row
+from .attention import row, to_device
 from .compact import compact
 from .logprobs import token_logprobs
 
@@ -29,7 +29,13 @@ def forward(module: torch.nn.Module, batch: Batch) -> Output:
     config = get_model_config(module)
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     where = batch.tokens.device
-    small = compact(batch.starts.tolist(), batch.tokens.numpy(force=True), batch.mask.numpy(force=True))
+    tokens, mask = (getattr(batch.host or batch, name) for name in ("tokens", "mask"))
+    if batch.host is None:  # waits for the GPU
+        tokens, mask = tokens.numpy(force=True), mask.numpy(force=True)
+        starts = batch.starts.tolist()
+    else:
+        starts = [0, *np.cumsum(batch.host.lengths).tolist()]
+    small, trained = compact(starts, tokens, mask), mask.nonzero()[0]
     length = len(small.tokens)
     padding = max(-(-length // multiple), 1) * multiple - length
     if padding:
@@ -37,14 +43,14 @@ def forward(module: torch.nn.Module, batch: Batch) -> Output:
         small.seen = np.append(small.seen, np.arange(length, length + padding))
     packed = row(small.starts, where, small.seen)
     packed.cos, packed.sin = unwrapped(module).rotary(packed.positions, config.params_dtype)  # type: ignore[operator]
-    tokens = batch.tokens.index_select(0, torch.from_numpy(small.tokens).to(where))
+    drawn_from = small.place[trained - 1]  # a token is drawn from what stands before it
     result = module(
-        input_ids=torch.nn.functional.pad(tokens, (0, padding))[None],
+        input_ids=to_device(np.pad(tokens[small.tokens], (0, padding)), where)[None],
         position_ids=packed.positions[None],  # type: ignore[index]
         attention_mask=None,
         packed_seq_params=packed,
         output_processor=_logprobs,
-        output_processor_context=(batch, torch.from_numpy(small.place).to(where)),
+        output_processor_context=(batch, to_device(trained, where), to_device(drawn_from, where)),
     )
     if isinstance(result, Tensor):
         return Output(hidden=result)
@@ -57,17 +63,16 @@ def _logprobs(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[Batch, Tensor],
+    context: tuple[Batch, Tensor, Tensor],
     config: Any,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """In place of Megatron's output layer: only trained tokens get a row of logits. Both results are [T] float32."""
-    batch, place = context
-    trained = batch.mask.nonzero().squeeze(1)
+    batch, trained, drawn_from = context
     hidden = hidden_states.squeeze(1)
     if config.sequence_parallel:  # its backward adds up the shares of the tensor-parallel ranks
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    hidden = hidden.index_select(0, place[trained - 1])  # a token is drawn from what stands before it
+    hidden = hidden.index_select(0, drawn_from)
     if not config.sequence_parallel:
         hidden = copy_to_tensor_model_parallel_region(hidden)
     weight = output_layer.weight if output_weight is None else output_weight

@@ -8,8 +8,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from . import fused
-
 
 class RMSNorm(torch.nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4).
@@ -26,7 +24,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return fused.rms_norm(x, self.weight, self.eps)
+            from .kernels import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         normed: Tensor = _RMSNorm.apply(x.float(), self.weight.float(), self.eps)  # type: ignore[no-untyped-call]
         return normed.to(x.dtype)
 
@@ -57,7 +57,11 @@ class SwiGLU(torch.nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = fused.swiglu(x) if x.is_cuda else _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+        if x.is_cuda:
+            from .kernels import swiglu
+
+            return swiglu(x)
+        out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -88,7 +88,7 @@ UNSUPPORTED = {
     "tp_comm_overlap": "overlapped tensor parallelism needs Transformer Engine; leave it out",
     "optimizer_cpu_offload": f"offloading the optimizer is {_NOT_YET}",
     "use_precision_aware_optimizer": "a precision-aware optimizer needs Transformer Engine; leave it out",
-    "gradient_accumulation_fusion": "this fusion needs Apex; leave it out",
+    "gradient_accumulation_fusion": "it is on wherever there is a GPU; leave it out",
     "masked_softmax_fusion": "attention is fused by PyTorch already; leave it out",
     "apply_rope_fusion": "this fusion needs Transformer Engine; leave it out",
     "bias_swiglu_fusion": "this fusion needs a GPU compiler; leave it out",
@@ -99,7 +99,7 @@ _OFF = (None, False, 0, "none", "null")
 Complaint = tuple[str, str]
 
 
-def refused(table: dict[str, Any]) -> list[Complaint]:
+def refused(table: dict[str, Any], gpu: bool) -> list[Complaint]:
     """A complaint for each key that is not the user's to set here."""
     found = []
     for key, value in table.items():
@@ -111,8 +111,10 @@ def refused(table: dict[str, Any]) -> list[Complaint]:
             found.append((f"megatron.{key}", _UNUSED))
         elif key == "context_parallel_size" and value != 1:
             found.append((f"megatron.{key}", "context parallelism needs Transformer Engine; leave it at 1"))
-        elif key == "transformer_impl" and value != "local":
-            found.append((f"megatron.{key}", "the layers are Megatron-LM's local ones; leave it out"))
+        elif key == "transformer_impl" and value not in ("local", "transformer_engine"):
+            found.append((f"megatron.{key}", 'there are layers for "local" and "transformer_engine"'))
+        elif key == "transformer_impl" and value != "local" and not gpu:
+            found.append((f"megatron.{key}", 'TransformerEngine needs a GPU; leave it out in layout "cpu"'))
     return found
 
 
@@ -126,6 +128,14 @@ def schedule(run: RunConfig) -> list[Complaint]:
         message = f"{run.optim.warmup} updates, but the run makes {updates} (steps x batch.updates); set it lower"
         found.append(("optim.warmup", message))
     return found
+
+
+def turns(table: dict[str, Any], run: RunConfig) -> list[Complaint]:
+    """A complaint where engines that share the trainers' GPUs would be handed less than the whole model."""
+    if run.placement.layout == "colocate" and table.get("pipeline_model_parallel_size", 1) != 1:
+        message = 'every GPU feeds the engine on it, which no stage can alone; leave it out, or use layout "split"'
+        return [("megatron.pipeline_model_parallel_size", message)]
+    return []
 
 
 def sizes(table: dict[str, Any], model: Architecture, trainers: int) -> list[Complaint]:

@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import fused
-
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MiB and 1 GiB in float32
 
 
@@ -110,13 +108,15 @@ class _FusedTokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
+        from . import kernels
+
         local = tokens - weight.shape[0] * (group.rank() if group else 0)
         logprobs, entropy, log_sums = hidden.new_empty(3, len(tokens), dtype=torch.float32)
         logits = None
         for start in range(0, len(tokens), rows):
             part = slice(start, start + rows)
             logits = hidden[part] @ weight.t()
-            most, total, weighed = fused.softmax_sums(logits, temperature)
+            most, total, weighed = kernels.softmax_sums(logits, temperature)
             if group:
                 own = most.clone()
                 dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
@@ -136,13 +136,15 @@ class _FusedTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        from . import kernels
+
         hidden, weight, local, log_sums, entropy, logits = ctx.saved_tensors
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for start in reversed(range(0, len(local), ctx.rows)):
             part = slice(start, start + ctx.rows)
             if logits is None:
                 logits = hidden[part] @ weight.t()
-            grad = fused.grad_logits(
+            grad = kernels.grad_logits(
                 logits, local[part], log_sums[part], entropy[part], grad_logprobs[part], grad_entropy[part],
                 ctx.temperature,
             )  # fmt: skip

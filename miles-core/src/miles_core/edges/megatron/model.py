@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...types import Batch, Layout, Output
 from ..protocols import Forward
-from . import checkpoint, device, hf, weights
+from . import checkpoint, device, hf, memory, weights
 from .build import Trained
 from .forward import unwrapped
 
@@ -28,13 +28,35 @@ class MegatronModel:
     Every method enters the CPU layer where there is no GPU, so it may be called from any thread.
     """
 
-    def __init__(self, name: str, args: Namespace, folder: Path, module: torch.nn.Module, trained: Trained | None):
-        self.name, self.folder = name, folder
+    def __init__(
+        self,
+        name: str,
+        args: Namespace,
+        folder: Path,
+        module: torch.nn.Module,
+        trained: Trained | None,
+        shared: bool = False,
+    ) -> None:
+        """``shared``: an engine uses the same GPU, in turns; ``export`` begins its turn, training ends it."""
+        self.name, self.folder, self.shared = name, folder, shared
         self.module = unwrapped(module)
         self._args, self._trained = args, trained
         self._whole = trained.ddp if trained else module
         self._device = next(module.parameters()).device
         self.layout = layout()
+        self._needs = memory.need(args, module, trained is not None)
+        self._turns = memory.Turns(trained, self._needs) if trained and shared else None
+
+    def memory(self) -> str:
+        """See ``types.Model.memory``."""
+        if self._device.type != "cuda":
+            return ""
+        free, total = torch.cuda.mem_get_info()
+        how = ""
+        if self._turns:
+            how = ", optimizer and gradients move to the host" if self._turns.moves else ", which stay in its turns"
+            how = f"; shared with an engine{how}"
+        return f"{self.name} takes {self._needs} of {total / memory.GB:.1f}{how}; {free / memory.GB:.1f} GB are free"
 
     def run(
         self, batches: list[Batch], forward: Forward, loss: Callable[[Batch, Output], Tensor] | None
@@ -47,6 +69,8 @@ class MegatronModel:
             raise ValueError(f"{self.name}: no micro-batch to run; a rank without data passes empty ones")
         if loss is not None and self._trained is None:
             raise ValueError(f"{self.name} is frozen, so it cannot be run with a loss; make it Role(trained=True)")
+        if loss is not None and self._turns:
+            self._turns.wake()
         outputs: list[Output] = []
         with device.running(), torch.set_grad_enabled(loss is not None), ExitStack() as native:
             if self._whole.training != (loss is not None):
@@ -113,14 +137,18 @@ class MegatronModel:
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, bit by bit. Raises CheckpointError where the layout of ranks differs."""
+        if self._turns:
+            self._turns.wake()
         with device.running():
             checkpoint.load(folder, self.module, self._trained)
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names; see ``weights.export_weights``."""
+        if self._turns:
+            self._turns.rest()
         with device.running():
-            yield from weights.export_weights(self.module, hf.read(self.folder))
+            yield from weights.export_weights(self.module, hf.read(self.folder), everywhere=self.shared)
 
     def save_hf(self, folder: Path) -> None:
         """See ``types.Model.save_hf``."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused
 from .hf import Architecture, Llama3Scaling
 
 
@@ -41,7 +40,9 @@ def _scaled(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [T, heads, width] with the pair (i, i + width / 2) of each head rotated by its token's angle i."""
     if x.is_cuda:
-        return fused.rotate(x, cos, sin)
+        from .kernels import rotate as on_gpu
+
+        return on_gpu(x, cos, sin)
     rotated: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 

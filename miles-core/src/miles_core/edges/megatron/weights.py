@@ -154,14 +154,17 @@ def _over_replica[T](value: T) -> list[T]:
 
 
 def export_weights(
-    module: nn.Module, config: dict[str, Any], value: Callable[[nn.Parameter], Tensor] | None = None
+    module: nn.Module,
+    config: dict[str, Any],
+    value: Callable[[nn.Parameter], Tensor] | None = None,
+    everywhere: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Full tensors of this pipeline stage under their Hugging Face names, in an order that never changes.
 
     ``value`` names a tensor of the parameter's shape to export instead of its data, such as its gradient; ``config``
     is the parsed ``config.json``. Every rank iterates to the end, in step: tensors are gathered one at a time over the
-    tensor-parallel group. Only its first rank in the first data-parallel replica gets any. A tensor may share the
-    memory of the parameter, so copy what outlives the next step.
+    tensor-parallel group. Only its first rank in the first data-parallel replica gets any, unless ``everywhere``: then
+    every rank does. A tensor may share the memory of the parameter, so copy what outlives the next step.
 
     Raises Refused for a parameter without a Hugging Face name, before the first tensor.
     """
@@ -172,25 +175,29 @@ def export_weights(
         plan = [(_fusion(names, name, parameter, ranks), parameter) for name, parameter in parameters(module)]
     except ValueError as error:
         raise Refused(str(error)) from None
-    if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
+    if not everywhere and mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
         return  # its tensor-parallel group holds the same tensors as that of replica 0
     for fusion, parameter in plan:
         if fusion.exported:
             shard = (parameter if value is None else value(parameter)).detach()
-            parts = _gather(shard) if fusion.split and ranks > 1 else [shard]
-            if rank == 0:
+            parts = _gather(shard, everywhere) if fusion.split and ranks > 1 else [shard]
+            if everywhere or rank == 0:
                 yield from _take_apart(fusion, parts)
 
 
-def _gather(shard: Tensor) -> list[Tensor]:
-    """The shard of every tensor-parallel rank on the first one; nothing on the others."""
+def _gather(shard: Tensor, everywhere: bool) -> list[Tensor]:
+    """The shard of every tensor-parallel rank on the first one, or ``everywhere``; nothing on the others."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
     rank, ranks = _tensor_parallel()
-    parts = [torch.empty_like(shard) for _ in range(ranks)] if rank == 0 else None
-    dist.gather(shard.contiguous(), parts, group=mpu.get_tensor_model_parallel_group(), group_dst=0)
+    group = mpu.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(shard) for _ in range(ranks)] if everywhere or rank == 0 else None
+    if everywhere:
+        dist.all_gather(parts, shard.contiguous(), group=group)
+    else:
+        dist.gather(shard.contiguous(), parts, group=group, group_dst=0)
     return parts or []
 
 

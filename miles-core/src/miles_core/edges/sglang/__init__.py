@@ -14,15 +14,20 @@ from ..protocols import Engines, Process
 
 if TYPE_CHECKING:
     from ...types import Complain
+    from ..protocols import Transport
 
 MASK = 4096  # tokens that it tells could have been drawn, unless it is told otherwise
+MIB = 2**20
 SPARE = 2  # SGLang ends a response two tokens before the context is full
 
 Value = bool | int | float | str | list[Any] | dict[str, Any]
 
 
 class SGLang(Plugin):
-    """Starts, for each of ``placement.engines``, a process that runs one server; in use by ``engines = "sglang"``."""
+    """Starts, for each of ``placement.engines``, a process that runs one server, and gives it weights.
+
+    In use where ``placement.layout`` is "colocate" or "split".
+    """
 
     class Config(Plugin.Config):
         """Any argument of SGLang's server, such as ``mem_fraction_static = 0.8`` or ``tp_size = 2``, and Miles' own."""
@@ -30,6 +35,7 @@ class SGLang(Plugin):
         model_config = ConfigDict(extra="allow", frozen=True)
         __pydantic_extra__: dict[str, Value]
         start_timeout_s: float = Field(900, gt=0)  # for a server to load its weights and compile its kernels
+        bucket_mib: int = Field(1024, gt=0)  # weights travel in buckets of this size; each sending rank has two
 
     config: Config
 
@@ -44,13 +50,38 @@ class SGLang(Plugin):
             return
         from . import arguments
 
-        for key, message in arguments.check(self.table):
+        found = arguments.check(self.table)
+        for key, message in found:
             complain(key, message)
+        if not found:
+            self._check_layout(complain)
         most, draw = self.table.get("sampling_mask_max_tokens", MASK), self.run.rollout
         if draw.top_k > most or (draw.top_p < 1 and not draw.top_k):
             key = "rollout.top_k" if draw.top_k else "rollout.top_p"
             why = "SGLang tells the log-probabilities of what it drew from a cut vocabulary"
             complain(key, f"{why} only for a rollout.top_k of 1 to {most}")
+
+    def _check_layout(self, complain: Complain) -> None:
+        from . import arguments
+
+        place, gpus = self.run.placement, arguments.gpus(self.table)
+        if place.layout == "cpu" and gpus:
+            complain(
+                "placement.layout",
+                'no GPU is used in layout "cpu"; say "colocate" or "split", or sglang.device = "cpu"',
+            )
+        if place.layout != "cpu" and not gpus:
+            complain("sglang.device", f'"cpu" is for placement.layout = "cpu"; it is {place.layout!r}')
+        if place.layout == "colocate" and self.run.max_staleness:
+            complain(
+                "mode", 'trainers and engines that share GPUs take turns: mode = "sync", or placement.layout = "split"'
+            )
+        if place.layout == "colocate" and place.engines * gpus != place.trainers:
+            complain(
+                "placement.engines",
+                f"{place.engines} engines of {gpus} GPUs each cannot share the GPUs of {place.trainers} trainers; "
+                "their products must be equal",
+            )
 
     @hookimpl
     def miles_explain(self) -> dict[str, str]:
@@ -72,6 +103,7 @@ class SGLang(Plugin):
         from . import arguments
 
         gpus, said = arguments.gpus(self.table), arguments.words(self.table)
+        turns = self.run.placement.layout == "colocate"
         processes = [
             Process(
                 name=f"engine-{i}",
@@ -82,12 +114,27 @@ class SGLang(Plugin):
                     self.run.rollout.timeout_s,
                     "nccl" if gpus else "gloo",
                     self._says("vocab_size"),
+                    turns,
                 ),
-                gpus=float(gpus),
+                gpus=0.0 if turns else float(gpus),
+                beside=tuple(f"trainer-{i * gpus + j}" for j in range(gpus)) if turns else (),
             )
             for i in range(self.run.placement.engines)
         ]
         return Engines(processes, client="miles_core.edges.sglang.client:SGLangClient")
+
+    @hookimpl
+    def miles_transport(self) -> Transport:
+        from . import arguments
+
+        gpus, size, limit = arguments.gpus(self.table), self.config.bucket_mib * MIB, self.run.rollout.timeout_s
+        if self.run.placement.layout == "colocate":
+            from .handles import HandleTransport
+
+            return HandleTransport(gpus, size, limit)
+        from .broadcast import BroadcastTransport
+
+        return BroadcastTransport(max(gpus, 1), size, limit)
 
     def _own(self, engine: int, gpu: bool) -> tuple[str, ...]:
         """The arguments that Miles sets."""
@@ -95,6 +142,8 @@ class SGLang(Plugin):
         own += ["--random-seed", str(self.run.seed + engine)]  # else all engines draw the same numbers
         if context := self.run.model.context:
             own += ["--context-length", str(max(context, min(context + SPARE, self._says("max_position_embeddings"))))]
+        if "dtype" not in self.table:  # the trainer's; left to itself SGLang serves float32 files in float16
+            own += ["--dtype", "bfloat16" if gpu else "float32"]
         if gpu:
             own += ["--enable-memory-saver"]
         return tuple(own)
@@ -107,4 +156,4 @@ class SGLang(Plugin):
 
     def _mine(self) -> bool:
         """Whether the run samples with this engine."""
-        return self.run.use.get("engines") == "sglang"
+        return (self.run.own | self.run.use)["engines"] == "sglang"

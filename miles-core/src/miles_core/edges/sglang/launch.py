@@ -37,6 +37,15 @@ class Live:
     def address(self) -> str:
         return wire.address(self.url, self.mark)
 
+    async def has(self) -> str:
+        """What it takes of its GPUs, in words."""
+        told = (await self.call.get("/server_info")).get("internal_states") or [{}]
+        memory = told[0].get("memory_usage")
+        if not memory:
+            return f"SGLang {self.release}"
+        weights, cache, tokens = (memory[key] for key in ("weight", "kvcache", "token_capacity"))
+        return f"SGLang {self.release}: {weights:.1f} GB of weights, {cache:.1f} GB of cache for {tokens:,} tokens"
+
     async def end(self) -> None:
         """Kill it, and wait until it is gone."""
         await asyncio.to_thread(self.process.kill)

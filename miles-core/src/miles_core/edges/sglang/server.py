@@ -40,6 +40,7 @@ class SGLangEngine:
         timeout_s: float,
         backend: str = "nccl",
         vocab: int = 0,
+        turns: bool = False,
         hang_s: float = 60.0,
         command: tuple[str, ...] = (),
         host: str = "",
@@ -48,8 +49,9 @@ class SGLangEngine:
 
         ``start_timeout_s``: for the server to start and to load its weights. ``timeout_s``: to load a bucket, or to
         meet the others of a group. ``backend`` of these groups. ``vocab``: tokens the model has, 0 when that is not
-        known. ``hang_s``: a scheduler that says nothing for so long,
-        though it was told to do nothing long, hangs. ``command`` starts the server, where that is not the stock one of
+        known. ``turns``: trainers use the same GPUs; the server has no memory there from ``begin_update`` on, and takes
+        it again as weights arrive. ``hang_s``: a scheduler that says nothing for so long, though it was told to do
+        nothing long, hangs. ``command`` starts the server, where that is not the stock one of
         this interpreter; ``host`` is where it listens, where that is not this machine's own address.
         """
         self._command = (*(command or (sys.executable, "-m", "sglang.launch_server")), *words)
@@ -61,6 +63,10 @@ class SGLangEngine:
         self._refusal = ""  # why no request may be served
         self._paused = False
         self._session: Live | None = None  # the server that is being updated
+        self._turns, self._asleep = turns, False  # asleep: without weights and cache
+        self._turning = asyncio.Lock()  # falls asleep or wakes up
+        self._disk: dict[str, str] | None = None  # checksums of the model it started with
+        self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
         self._starting = asyncio.ensure_future(self._start(tries=1))
         self._watching = asyncio.ensure_future(self._watch())
@@ -138,19 +144,24 @@ class SGLangEngine:
 
         Waits for a server that is starting. Requests in flight wait too and go on with the new weights; 0.5.16, which
         would keep what it computed for them with the old ones, has them come back aborted instead (see ``aborted``).
+        Where trainers use the same GPUs its memory is theirs until the first ``load``. Asked twice, it waits once.
         """
-        live = await self._live()
-        self._loads = 0
-        if self._session is live:
-            return
-        if not live.sessions:
-            await self._unpin(live)
-            await self._long(live, "/pause_generation", {"mode": "abort"})
-        # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush at the end.
-        await live.call.repeat("/pause_generation", {"mode": "retract"})
-        if live.sessions:
-            await live.call.post("/begin_weight_update", {"selector": "all"})
-        self._session = live
+        async with self._turning:
+            live = await self._live()
+            if self._session is live:
+                return
+            self._loads, self._asleep = 0, False
+            if not live.sessions:
+                await self._unpin(live)
+                await self._long(live, "/pause_generation", {"mode": "abort"})
+            # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush later.
+            await live.call.repeat("/pause_generation", {"mode": "retract"})
+            if self._turns:
+                await self.release(["kv_cache", "weights"])
+                self._asleep = True
+            else:
+                await self._open(live)
+            self._session = live
 
     async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
         """Have the server load a bucket. Returns no checksums: it has none of single tensors as they were sent.
@@ -161,15 +172,26 @@ class SGLangEngine:
         path, body = wire.update(bucket)
         self._loads += 1
         try:
+            async with self._turning:
+                if self._asleep:
+                    await self.restore(["weights"])
+                    await self._open(live)
+                    self._asleep = False
             await self._long(live, path, body)
         except EngineError as error:
             raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
         return {}
 
+    async def _open(self, live: Live) -> None:
+        if live.sessions:
+            await live.call.post("/begin_weight_update", {"selector": "all"})
+
     async def end_update(self, version: int) -> None:
         """Forget what the old weights computed, and serve the new ones as ``version``.
 
-        Raises TransportError when nothing arrived or the server refuses; ``abort_update`` then replaces the server.
+        Version 0 is the model on disk, so it must leave every tensor as it was when the server started. Raises
+        TransportError when it does not, naming the tensors, when nothing arrived, or when the server refuses;
+        ``abort_update`` then replaces the server.
         """
         live = self._updating("end_update without begin_update")
         if not self._loads:
@@ -177,6 +199,10 @@ class SGLangEngine:
         try:
             if live.sessions:
                 await self._long(live, "/end_weight_update")
+            if version == 0 and self._disk is not None:
+                wire.compare(self._disk, await self.checksums())
+            if self._turns:
+                await self.restore(["kv_cache"])
             await live.call.repeat("/flush_cache")
             stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
             await live.call.repeat("/update_weight_version", {"new_version": stamped, "abort_all_requests": False})
@@ -192,7 +218,7 @@ class SGLangEngine:
         live, self._session = self._session, None
         if live is None or not self._is_current(live):
             return
-        if not self._loads:
+        if not (self._loads or self._asleep):
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     if live.sessions:
@@ -200,7 +226,7 @@ class SGLangEngine:
                     if not self._paused:
                         await self._go_on(live)
                 return
-        self._replace(live, "an update of its weights was cut short", stale=self._loads > 0)
+        self._replace(live, "an update of its weights was cut short", stale=bool(self._loads or self._asleep))
 
     async def join(self, address: str, port: int, rank_offset: int, world: int, name: str) -> None:
         """Enter the group ``name`` of ``world`` ranks that meets at ``address``, as ranks ``rank_offset`` and up.
@@ -209,10 +235,18 @@ class SGLangEngine:
         """
         where = {"master_address": address, "master_port": port}
         place = {"rank_offset": rank_offset, "world_size": world, "group_name": name, "backend": self._backend}
-        await self._long(await self._live(), "/init_weights_update_group", where | place)
+        live = await self._live()
+        await self._long(live, "/init_weights_update_group", where | place)
+        self._groups[name] = live
 
     async def leave(self, name: str) -> None:
         await self._long(await self._live(), "/destroy_weights_update_group", {"group_name": name})
+        self._groups.pop(name, None)
+
+    async def member(self, name: str) -> bool:
+        """Whether its server is in the group ``name``. One that is not would be waited for in vain."""
+        live = self._groups.get(name)
+        return live is not None and live is self._session
 
     async def checksums(self) -> dict[str, str]:
         """A hash of each parameter and buffer, by tensor-parallel rank and SGLang's own name: "0/model.norm.weight".
@@ -226,6 +260,13 @@ class SGLangEngine:
             for rank, info in enumerate(told["ranks"])
             for name, value in info["checksums"].items()
         }
+
+    async def ready(self) -> str:
+        """Wait for the server. Returns what it has, in words."""
+        live = await self._live()
+        with suppress(EngineError):  # 0.5.16 has no checksums without a GPU
+            self._disk = await self.checksums()
+        return await live.has()
 
     # -- memory --------------------------------------------------------------------------------------------------
 

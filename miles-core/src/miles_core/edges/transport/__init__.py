@@ -23,7 +23,7 @@ class SharedMemory(Plugin):
 
     @hookimpl
     def miles_check(self, complain: Complain) -> None:
-        if self.run.use.get("transport", "shm") == "shm" and not hasattr(os, "memfd_create"):
+        if (self.run.own | self.run.use)["transport"] == "shm" and not hasattr(os, "memfd_create"):
             complain("use.transport", "shm needs Linux: weights travel through memory that memfd_create gives")
 
     @hookimpl

@@ -1,0 +1,92 @@
+"""Weights to an engine on the same GPUs: it opens the trainer's memory by CUDA IPC, so nothing is sent but handles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ...types import Layout
+from ..protocols import TransportError, Worker
+from . import wire
+from .bucket import Flat, buckets
+
+
+class HandleTransport:
+    """Implements ``miles_core.types.Transport`` where the ranks of an engine's GPUs are the trainers of these GPUs.
+
+    Every rank is given every tensor and lays it into a bucket of its own GPU; the first rank of each engine hands the
+    engine the handles of all. One bucket is filled while the engine loads the other.
+    """
+
+    def __init__(self, gpus: int, bucket_bytes: int, timeout_s: float) -> None:
+        """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead."""
+        self._gpus, self._timeout = gpus, timeout_s
+        self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._loading: Future[Any] | None = None
+
+    def connect(self, engines: list[Worker], layout: Layout) -> None:
+        """Enter the group of the ranks that share an engine. A collective of all ranks."""
+        self._engine, self._first = engines[layout.rank // self._gpus], layout.rank % self._gpus == 0
+        sharing = [list(range(at, at + self._gpus)) for at in range(0, layout.world, self._gpus)]
+        self._group = dist.new_subgroups_by_enumeration(sharing)[0] if self._gpus > 1 else None  # type: ignore[no-untyped-call]
+        _serialize(())  # what it imports takes seconds
+
+    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
+        """Returns ``bytes`` and ``tensors``. What was loaded is compared by the engine itself; see ``end_update``.
+
+        Raises TransportError naming the tensors and the engine.
+        """
+        sent = count = 0
+        try:
+            for flat in buckets(tensors, self._flats):
+                sent, count = sent + flat.used, count + len(flat.places)
+                payloads = self._gathered(_serialize(flat))
+                self._settle()
+                if self._first:
+                    bucket = wire.Tensors(tuple(payloads), "flattened_bucket")
+                    self._loading = self._pool.submit(self._load, bucket, flat.names)
+        finally:
+            self._settle()
+        return {"bytes": float(sent), "tensors": float(count)} if self._first else {}
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _gathered(self, payload: str) -> list[str]:
+        if self._group is None:
+            return [payload]
+        payloads: list[Any] | None = [None] * self._gpus if self._first else None
+        dist.gather_object(payload, payloads, group=self._group, group_dst=0)
+        return payloads or []
+
+    def _load(self, bucket: wire.Tensors, names: str) -> None:
+        try:
+            self._engine.ask("load", bucket, timeout=self._timeout)
+        except Exception as error:
+            raise TransportError(f"{self._engine.name} did not load {names}: {error}") from error
+
+    def _settle(self) -> None:
+        """Wait until the engine has loaded the bucket before this one. Raises what went wrong."""
+        loading, self._loading = self._loading, None
+        if loading:
+            loading.result()
+
+
+def _serialize(flat: Flat | tuple[()]) -> str:
+    """What SGLang opens a bucket by: base64 of its own pickle, in which a GPU goes by its name, not its number."""
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
+
+    monkey_patch_torch_reductions()
+    if not flat:
+        return ""
+    told = [FlattenedTensorMetadata(p.name, p.shape, p.dtype, p.start, p.end, p.end - p.start) for p in flat.places]
+    payload = {"flattened_tensor": flat.tensor, "metadata": told}
+    serialized: str = MultiprocessingSerializer.serialize(payload, output_str=True)
+    return serialized

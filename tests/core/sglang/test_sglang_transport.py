@@ -1,0 +1,236 @@
+"""Weights from ranks to engines: by handles into the ranks' memory, and by broadcast in a group of real processes."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from miles_core.edges.protocols import TransportError, WorkerDied
+from miles_core.edges.sglang import wire
+from miles_core.edges.sglang.broadcast import BroadcastTransport
+from miles_core.edges.sglang.bucket import Flat, buckets
+from miles_core.edges.sglang.handles import HandleTransport
+from miles_core.types import Layout
+
+LAYOUT = Layout(rank=0, world=1, dp_rank=0, dp_size=1, last_stage=True, reports=True)
+DTYPES = [torch.bfloat16, torch.float32, torch.uint8]
+
+
+def tensors(n: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {f"layers.{i}.weight": torch.randn(3 + i, 5, generator=made).to(torch.bfloat16) for i in range(n)}
+
+
+# -- buckets ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 9), st.integers(1, 4)), max_size=12), st.integers(1, 60)
+)
+@settings(deadline=None)
+def test_buckets_hold_every_tensor_once_and_in_order(given: list[tuple[torch.dtype, int, int]], size: int) -> None:
+    named = [
+        (f"t{i}", torch.arange(rows * width).view(rows, width).to(dtype))
+        for i, (dtype, rows, width) in enumerate(given)
+    ]
+    seen: list[str] = []
+    for flat in buckets(iter(named), (Flat(size), Flat(size))):
+        assert len(flat.places) == 1 or flat.used <= size
+        at = 0
+        for place in flat.places:
+            assert place.start == at  # a receiver puts them end to end
+            at = place.end
+            there = flat.tensor[place.start : place.end].view(place.dtype).view(place.shape)
+            assert torch.equal(there, dict(named)[place.name])
+            seen.append(place.name)
+        assert at == flat.used
+    assert seen == [name for name, _ in named]
+
+
+# -- what both need of SGLang ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of SGLang that trainers use, with a pickle in place of handles."""
+
+    class MultiprocessingSerializer:
+        @staticmethod
+        def serialize(obj: Any, output_str: bool) -> str:
+            assert output_str
+            return base64.b64encode(pickle.dumps(obj)).decode()
+
+    def module(name: str, **content: Any) -> None:
+        made = ModuleType(name)
+        made.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    module("sglang")
+    module("sglang.srt")
+    module(
+        "sglang.srt.utils", MultiprocessingSerializer=MultiprocessingSerializer, init_custom_process_group=enter_group
+    )
+    module("sglang.srt.utils.patch_torch", monkey_patch_torch_reductions=lambda: None)
+    module("sglang.srt.weight_sync")
+    module("sglang.srt.weight_sync.tensor_bucket", FlattenedTensorMetadata=Metadata)
+
+
+class Metadata:
+    def __init__(self, name: str, shape: Any, dtype: Any, start_idx: int, end_idx: int, numel: int) -> None:
+        self.name, self.shape, self.dtype = name, shape, dtype
+        self.start_idx, self.end_idx = start_idx, end_idx
+        assert numel == end_idx - start_idx
+
+
+def enter_group(
+    backend: str, init_method: str, timeout: Any, world_size: int, rank: int, group_name: str
+) -> torch.distributed.ProcessGroup:
+    """A group apart from the default one; members may be threads of one process."""
+    host, port = init_method.removeprefix("tcp://").split(":")
+    assert backend == "gloo"
+    store = torch.distributed.TCPStore(host, int(port), world_size, rank == 0, timeout=timeout, wait_for_workers=False)
+    group: torch.distributed.ProcessGroup = torch.distributed.ProcessGroupGloo(
+        torch.distributed.PrefixStore(group_name, store), rank, world_size, timeout
+    )
+    return group
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A worker that receives as SGLang does: whole buckets, into its own memory."""
+
+    def __init__(self, name: str, width: int = 1) -> None:
+        self.name, self.width = name, width
+        self.got: list[dict[str, torch.Tensor]] = [{} for _ in range(width)]
+        self.groups: dict[str, list[Any]] = {}
+        self.error: Exception | None = None
+        self.loads = 0
+
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        raise NotImplementedError
+
+    async def kill(self) -> None:
+        raise NotImplementedError
+
+    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        return getattr(self, method)(*args)
+
+    def member(self, name: str) -> bool:
+        return name in self.groups
+
+    def join(self, address: str, port: int, offset: int, world: int, name: str) -> None:
+        from datetime import timedelta
+
+        made: dict[int, Any] = {}
+
+        def enter(i: int) -> None:
+            made[i] = enter_group("gloo", f"tcp://{address}:{port}", timedelta(seconds=20), world, offset + i, name)
+
+        threads = [threading.Thread(target=enter, args=(i,)) for i in range(self.width)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.groups[name] = [made[i] for i in range(self.width)]
+
+    def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+        self.loads += 1
+        if self.error:
+            raise self.error
+        if isinstance(bucket, wire.Tensors):
+            for got, payload in zip(self.got, bucket.serialized, strict=True):
+                told = pickle.loads(base64.b64decode(payload))
+                for m in told["metadata"]:
+                    part = told["flattened_tensor"][m.start_idx : m.end_idx]
+                    got[m.name] = part.view(m.dtype).view(m.shape).clone()
+            return {}
+        sizes = [
+            torch.empty(shape, dtype=getattr(torch, dtype))
+            for shape, dtype in zip(bucket.shapes, bucket.dtypes, strict=True)
+        ]
+        flats = [torch.empty(sum(x.nbytes for x in sizes), dtype=torch.uint8) for _ in range(self.width)]
+        works = [group.broadcast(flat, 0) for group, flat in zip(self.groups[bucket.group], flats, strict=True)]
+        for work, flat, got in zip(works, flats, self.got, strict=True):
+            work.wait()
+            for name, like, part in zip(bucket.names, sizes, flat.split([x.nbytes for x in sizes]), strict=True):
+                got[name] = part.clone().view(like.dtype).view(like.shape)
+        return {}
+
+
+def assert_arrived(engine: Engine, sent: dict[str, torch.Tensor]) -> None:
+    for got in engine.got:
+        assert list(got) == list(sent) and all(torch.equal(got[name], sent[name]) for name in sent)
+
+
+@pytest.fixture(params=["handles", "broadcast"])
+def transport(request: pytest.FixtureRequest, sglang: None) -> Iterator[Any]:
+    made = HandleTransport(1, 120, 20) if request.param == "handles" else BroadcastTransport(1, 120, 2)
+    yield made
+    made.close()
+
+
+def test_every_tensor_arrives_again_and_again(transport: Any) -> None:
+    engine = Engine("engine-0")
+    transport.connect([engine], LAYOUT)
+    for seed in range(3):
+        sent = tensors(seed=seed)
+        for got in engine.got:
+            got.clear()
+        told = transport.send(iter(sent.items()), False)
+        assert told == {"bytes": sum(x.nbytes for x in sent.values()), "tensors": len(sent)}
+        assert_arrived(engine, sent)
+    assert engine.loads > 6  # several buckets each
+
+
+def test_what_an_engine_refuses_names_it_and_the_tensors(transport: Any) -> None:
+    engine = Engine("engine-0")
+    transport.connect([engine], LAYOUT)
+    engine.error = WorkerDied("engine-0 died during load")
+    with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*died during load"):
+        transport.send(iter(tensors().items()), False)
+    engine.error = None
+    transport.send(iter(tensors().items()), False)
+    assert_arrived(engine, tensors())
+
+
+def test_a_broadcast_reaches_every_rank_of_every_engine(sglang: None) -> None:
+    engines = [Engine("engine-0", 2), Engine("engine-1", 2)]
+    transport = BroadcastTransport(2, 120, 20)
+    transport.connect(engines, LAYOUT)
+    transport.send(iter(tensors().items()), False)
+    for engine in engines:
+        assert_arrived(engine, tensors())
+    transport.close()
+
+
+def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
+    engines = [Engine("engine-0"), Engine("engine-1")]
+    transport = BroadcastTransport(1, 120, 20)
+    transport.connect(engines, LAYOUT)
+    transport.send(iter(tensors().items()), False)
+    engines[1].groups.clear()  # its server was replaced
+    transport.send(iter(tensors(seed=1).items()), False)
+    for engine in engines:
+        assert_arrived(engine, tensors(seed=1))
+    assert [list(engine.groups) for engine in engines] == [["miles-0-1", "miles-0-2"], ["miles-0-2"]]
+    transport.close()
+
+
+def test_a_rank_that_is_given_nothing_sends_nothing(sglang: None) -> None:
+    engine = Engine("engine-0")
+    transport = BroadcastTransport(1, 120, 20)
+    transport.connect([engine], LAYOUT)
+    assert transport.send(iter(()), False) == {"bytes": 0, "tensors": 0}
+    assert not engine.groups and not engine.loads
+    transport.close()
