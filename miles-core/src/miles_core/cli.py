@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
-from .config import RunConfig, Source
+from .config import RunConfig
 from .hookspecs import Hooks
 from .plugins import SPECS, Manifest, PluginError, assemble, installed
 from .types import Refused
+
+if TYPE_CHECKING:
+    from .edges.toml import Source
 
 FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
@@ -58,7 +61,7 @@ def main() -> None:
 @click.pass_context
 def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, ...], resume: bool) -> None:
     """Run the training described by FILES; later files win."""
-    manifest = assemble(Source(files, overrides))
+    manifest = assemble(_source(files, overrides))
     context.find_root().obj = folder = _run_dir(manifest, files)
     import asyncio
 
@@ -72,7 +75,7 @@ def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, .
 @SET
 def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """Check everything that FILES ask for, say what a run would take, start nothing."""
-    manifest = assemble(Source(files, overrides))
+    manifest = assemble(_source(files, overrides))
     registry = manifest.registry("driver")
     click.echo(f"run folder   {_run_dir(manifest, files)}")
     click.echo("plugins      " + ", ".join(f"{name} ({of})" for name, of in manifest.versions.items()))
@@ -88,7 +91,7 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
 @SET
 def explain(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """List every key of the run, its value, and where it was written."""
-    source = Source(files, overrides)
+    source = _source(files, overrides)
     for key, value in _leaves(assemble(source).tables):
         click.echo(f"{'.'.join(key):<26} {value!s:<28} {source.origin(key)}")
 
@@ -118,6 +121,12 @@ def hooks(name: str | None) -> None:
     for hook, spec in SPECS.items():
         what = (inspect.getdoc(spec) or "").partition("\n")[0]
         click.echo(f"{hook.removeprefix('miles_'):<12} {spec.kind:<6} {spec.place:<8} {what}")
+
+
+def _source(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Source:
+    from .edges.toml import Source
+
+    return Source(files, overrides)
 
 
 def _run_dir(manifest: Manifest, files: tuple[Path, ...]) -> Path:

@@ -24,7 +24,7 @@ from .hookspecs import Hooks, Place
 from .types import Refused
 
 if TYPE_CHECKING:
-    from .config import Source
+    from .edges.toml import Source
 
 SPECS: dict[str, Any] = {name: spec for name, spec in vars(Hooks).items() if hasattr(spec, "kind")}
 

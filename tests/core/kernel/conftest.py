@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-from miles_core.config import ConfigError, Source
+from miles_core.config import ConfigError
+from miles_core.edges.toml import Source
 from miles_core.plugins import assemble
 
 RUN = """\

@@ -1,7 +1,8 @@
 """Every complaint names the key, the file and the line, and all of them come at once."""
 
 import pytest
-from miles_core.config import RunConfig, Source
+from miles_core.config import RunConfig
+from miles_core.edges.toml import Source
 
 
 def test_all_complaints_come_at_once_in_the_order_of_the_lines(write, complaints):

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 from miles_core import Plugin, hookimpl
 from miles_core.cli import Command
-from miles_core.config import ConfigError, RunConfig, Source
+from miles_core.config import ConfigError, RunConfig
+from miles_core.edges.toml import Source
 from miles_core.plugins import BUILTIN, PluginError, Registry, assemble, check, installed
 from miles_core.types import Refused
 

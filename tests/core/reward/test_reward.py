@@ -14,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from miles_core.config import ConfigError, RunConfig, Source
+from miles_core.config import ConfigError, RunConfig
 from miles_core.edges.reward import Reward, RewardError
 from miles_core.edges.reward.kinds import last_number
+from miles_core.edges.toml import Source
 from miles_core.types import Group, Sample
 
 
