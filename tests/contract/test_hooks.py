@@ -13,7 +13,7 @@ from miles_core.plugins import SPECS
 def test_a_hook_says_what_it_is(name: str) -> None:
     spec = SPECS[name]
     assert name.startswith("miles_")
-    assert spec.kind in ("slot", "first", "merge", "event") and spec.place in ("driver", "rollout", "trainer")
+    assert spec.kind in ("slot", "first", "merge", "event") and set(spec.places) <= {"driver", "rollout", "trainer"}
     assert inspect.getdoc(spec), "a hook says what it is for"
     signature = inspect.signature(spec)
     assert signature.return_annotation is not signature.empty

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,7 @@ import click
 
 from . import __version__
 from .config import RunConfig
-from .hookspecs import Hooks
-from .plugins import SPECS, Manifest, PluginError, assemble, installed
+from .plugins import Manifest, PluginError, assemble
 from .types import Refused
 
 if TYPE_CHECKING:
@@ -22,8 +21,20 @@ FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_ty
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
 
 
+MORE = {name: f"miles_core.edges.commands.{name}" for name in ("explain", "hooks", "new", "plugins")}
+
+
 class Command(click.Group):
     """Every error is one readable cause: status 2 where the input is at fault, 1 where Miles is."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *MORE])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in MORE:
+            found: click.Command = import_module(MORE[name]).command
+            return found
+        return super().get_command(context, name)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -61,7 +72,7 @@ def main() -> None:
 @click.pass_context
 def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, ...], resume: bool) -> None:
     """Run the training described by FILES; later files win."""
-    manifest = assemble(_source(files, overrides))
+    manifest = assemble(written(files, overrides))
     context.find_root().obj = folder = _run_dir(manifest, files)
     import asyncio
 
@@ -75,7 +86,7 @@ def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, .
 @SET
 def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """Check everything that FILES ask for, say what a run would take, start nothing."""
-    manifest = assemble(_source(files, overrides))
+    manifest = assemble(written(files, overrides))
     registry = manifest.registry("driver")
     click.echo(f"run folder   {_run_dir(manifest, files)}")
     click.echo("plugins      " + ", ".join(f"{name} ({of})" for name, of in manifest.versions.items()))
@@ -86,44 +97,8 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
         click.echo(f"\n{what}\n  " + text.replace("\n", "\n  "))
 
 
-@main.command()
-@FILES
-@SET
-def explain(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
-    """List every key of the run, its value, and where it was written."""
-    source = _source(files, overrides)
-    for key, value in _leaves(assemble(source).tables):
-        click.echo(f"{'.'.join(key):<26} {value!s:<28} {source.origin(key)}")
-
-
-@main.command()
-def plugins() -> None:
-    """List the installed plugins, working or not."""
-    for name, found in installed().items():
-        try:
-            answered = SPECS.keys() & set(dir(found.load()))
-            note = " ".join(hook.removeprefix("miles_") for hook in SPECS if hook in answered)
-        except PluginError as error:
-            note = click.style(f"broken: {error}", fg="red")
-        click.echo(f"{name:<10} {found.dist:<20} {found.version:<8} {note}")
-
-
-@main.command()
-@click.argument("name", required=False, type=click.Choice([hook.removeprefix("miles_") for hook in SPECS]))
-def hooks(name: str | None) -> None:
-    """Describe every hook, or one."""
-    if name:
-        spec = SPECS[f"miles_{name}"]
-        keyword = "async def" if inspect.iscoroutinefunction(spec) else "def"
-        click.echo(f"{keyword} miles_{name}{inspect.signature(getattr(Hooks, 'miles_' + name))}")
-        click.echo(f"\n{inspect.getdoc(spec)}\n\n{spec.kind}, called in {spec.place}")
-        return
-    for hook, spec in SPECS.items():
-        what = (inspect.getdoc(spec) or "").partition("\n")[0]
-        click.echo(f"{hook.removeprefix('miles_'):<12} {spec.kind:<6} {spec.place:<8} {what}")
-
-
-def _source(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Source:
+def written(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Source:
+    """The run as FILES and --set describe it."""
     from .edges.toml import Source
 
     return Source(files, overrides)
@@ -134,10 +109,3 @@ def _run_dir(manifest: Manifest, files: tuple[Path, ...]) -> Path:
     run = RunConfig.model_validate_json(manifest.run)
     name = files[0].stem if files[0].stem != "run" else files[0].absolute().parent.name
     return run.run_dir or Path("runs") / name
-
-
-def _leaves(tree: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    found: list[tuple[tuple[str, ...], Any]] = []
-    for key, value in tree.items():
-        found += _leaves(value, (*at, key)) if isinstance(value, dict) and value else [((*at, key), value)]
-    return found

@@ -56,6 +56,9 @@ class BatchTable(Table):
     groups: int = Field(32, gt=0)  # prompts a step trains on
     group_size: int = Field(8, gt=0)  # attempts at each
     updates: int = Field(1, gt=0)  # optimizer updates a step is split into
+    epochs: int = Field(1, gt=0)  # passes over a step's samples, each of so many updates
+    max_age: int = Field(16, gt=0)  # most updates between the policy that drew a token and the one that learns from it
+    old_logprobs: Literal["recomputed", "engine", "both"] = "recomputed"  # "both": [correction] weighs one by the other
     micro_tokens: int = Field(8192, gt=0)  # most tokens in one packed micro-batch; a longer unit gets one of its own
 
 
@@ -83,7 +86,8 @@ class CheckpointTable(Table):
 class PlacementTable(Table):
     layout: Literal["cpu", "colocate", "split"] = "cpu"  # engines share the trainers' GPUs in turns, or have their own
     trainers: int = Field(1, gt=0)  # training ranks: one per GPU, or per CPU process
-    engines: int = Field(1, gt=0)
+    engines: int = Field(1, ge=0)  # 0 starts none: the data holds the responses
+    apart: list[str] = []  # roles that have ranks of their own, as many as trainers
     rollout_workers: int = Field(1, gt=0)
 
 

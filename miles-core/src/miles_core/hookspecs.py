@@ -11,6 +11,8 @@ A hook has a *kind*, which says what happens when several plugins answer, and a 
     rollout each process that talks to the engines
     trainer every training rank, in the same order: collectives are allowed
 
+A hook of two places is asked in both, by each of the processes for itself.
+
 A plugin knows its own table as ``self.config`` and the run as ``self.run``, in every process; hooks get the rest.
 Plugins are asked in the order of ``plugins = [...]``, then the algorithm, then what core brings. Slots marked
 ``algorithm`` are answered by the plugin named by ``algorithm = ...``, all of them, or else by core's default.
@@ -30,16 +32,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .edges.protocols import Cluster, Engine, Engines, Model, Store, Transport
-    from .types import Batch, Column, Complain, Group, Loss, Mean, Output, Role, Sample
+    from .types import Batch, Column, Complain, Group, Loss, Mean, Output, Role, Sample, Weight
 
 Kind = Literal["slot", "first", "merge", "event"]
 Place = Literal["driver", "rollout", "trainer"]
 hookimpl = pluggy.HookimplMarker("miles")
 
 
-def hook[F: Callable[..., Any]](kind: Kind, place: Place, *, algorithm: bool = False) -> Callable[[F], F]:
+def hook[F: Callable[..., Any]](kind: Kind, *places: Place, algorithm: bool = False) -> Callable[[F], F]:
     def mark(spec: F) -> F:
-        spec.kind, spec.place, spec.algorithm = kind, place, algorithm  # type: ignore[attr-defined]
+        spec.kind, spec.places, spec.algorithm = kind, places, algorithm  # type: ignore[attr-defined]
         return pluggy.HookspecMarker("miles")(spec, firstresult=kind in ("slot", "first"))
 
     return mark
@@ -48,7 +50,7 @@ def hook[F: Callable[..., Any]](kind: Kind, place: Place, *, algorithm: bool = F
 class Hooks:
     # -- before anything is allocated ---------------------------------------------------------------------------
     @hook("event", "driver")
-    def miles_check(self, complain: Complain, tables: dict[str, Any]) -> None:
+    def miles_check(self, complain: Complain, tables: dict[str, Any], roles: dict[str, Role]) -> None:
         """``complain(key, message)`` of what cannot work; start and write nothing. ``tables`` are all plugins' own."""
 
     @hook("merge", "driver")
@@ -57,7 +59,7 @@ class Hooks:
 
     @hook("merge", "driver")
     def miles_roles(self) -> dict[str, Role]:
-        """Models beside the policy, such as a reference or a critic."""
+        """Models beside the policy, such as a reference or a critic; and "policy", to say how it is trained."""
 
     @hook("merge", "driver")
     def miles_columns(self) -> dict[str, Column]:
@@ -121,6 +123,16 @@ class Hooks:
     def miles_advantage(self, batch: Batch) -> dict[str, Tensor]:
         """Columns computed from columns, at least ``advantage`` [T]. Core's default: the score on every token."""
 
+    @hook("event", "trainer")
+    def miles_normalize(self, batches: list[Batch], total: Callable[[Tensor], Tensor]) -> None:
+        """Every micro-batch of this rank's step has its advantage, to be changed in place by what all of them say.
+
+        ``total`` adds a tensor up over the data-parallel ranks, a collective. Called before the policy's updates."""
+
+    @hook("merge", "trainer")
+    def miles_token_weight(self, batch: Batch) -> dict[str, Weight]:
+        """Factors of the policy-gradient terms, such as importance weights; ``batch.weight`` is their product."""
+
     @hook("slot", "trainer")
     def miles_forward(self, role: str, module: nn.Module, batch: Batch) -> Output:
         """Run one micro-batch through this stage. Wrap this hook to work around the forward pass."""
@@ -167,11 +179,11 @@ class Hooks:
     def miles_saved(self, step: int, folder: Path) -> None:
         """A checkpoint is whole on disk."""
 
-    @hook("merge", "driver")
+    @hook("merge", "driver", "trainer")
     def miles_state(self) -> dict[str, Any]:
-        """What this plugin needs back after a restart, as JSON values; keys are its own."""
+        """What this plugin needs back in this process after a restart, as JSON values; keys are its own."""
 
-    @hook("event", "driver")
+    @hook("event", "driver", "trainer")
     def miles_restore(self, state: dict[str, Any]) -> None:
         """What ``miles_state`` answered when the checkpoint was written."""
 

@@ -163,7 +163,7 @@ class Registry:
             self._pm.register(plugin, name)
         self.owner = {hook: self._owner(hook, run) for hook, spec in SPECS.items() if spec.kind == "slot"}
         for hook, spec in SPECS.items():
-            if spec.place == place:
+            if place in spec.places:
                 setattr(self, hook.removeprefix("miles_"), self._bind(hook, spec))
 
     if TYPE_CHECKING:
@@ -317,7 +317,8 @@ def assemble(source: Source) -> Manifest:
     manifest = Manifest(__version__, run.model_dump_json(), tuple(listed))
     try:
         registry = manifest.registry("driver")
-        registry.check(complain=source.complain, tables={name: p.config for name, p in registry.plugins.items()})
+        tables = {name: plugin.config for name, plugin in registry.plugins.items()}
+        registry.check(complain=source.complain, tables=tables, roles=registry.roles())
     except PluginError as error:
         key = next((f"use.{slot}" for slot in run.use if str(error).startswith(f"use.{slot}:")), "algorithm")
         source.complain(key, str(error))

@@ -63,7 +63,7 @@ class Batch:
     starts: Tensor  # [S + 1] int32: where each sequence begins, then T
     seq: Tensor  # [T] int64: which sequence a token belongs to
     positions: Tensor  # [T] int64: place of a token within its sequence
-    rollout_logprobs: Tensor  # [T] float32: what the engine said; 0 off the mask
+    rollout_logprobs: Tensor | None  # [T] float32: what the engine said; 0 off the mask. None where none drew them
     old_logprobs: Tensor | None  # [T] float32: of the policy before this step's first update; None until known
     score: Tensor  # [S] float32
     reward: Tensor  # [S] float32
@@ -71,6 +71,7 @@ class Batch:
     temperature: float  # that the sequences were sampled at; the trainer's logits are divided by it
     counts: dict[Per, int]  # over every micro-batch of every rank in this update: the denominators of every loss
     columns: dict[str, Tensor] = field(default_factory=dict)  # [T] float32, from miles_columns and miles_advantage
+    weight: Tensor | None = None  # [T] float32: factor of each token's policy-gradient term; None is 1 everywhere
     host: Any = None  # the same rows in numpy, for who would wait for a GPU to read them; None where there are none
 
     def by_seq(self, x: Tensor) -> Tensor:
@@ -80,6 +81,10 @@ class Batch:
     def per_token(self, x: Tensor) -> Tensor:
         """[S] -> [T]: each sequence's value on every one of its tokens."""
         return x[self.seq]
+
+    def weighed(self, x: Tensor) -> Tensor:
+        """[T], terms of a policy gradient under the run's off-policy correction; as they are where it has none."""
+        return x if self.weight is None else x * self.weight
 
     @property
     def lengths(self) -> Tensor:
@@ -112,13 +117,24 @@ class Loss(Mean):
     metrics: dict[str, Mean] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Weight:
+    """Factors of the policy-gradient terms, and what to report of them."""
+
+    factor: Tensor  # [T] float32, without gradient
+    metrics: dict[str, Mean] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A model beside the policy."""
+    """A model of the run. Who names "policy" says how that one is trained."""
 
     trained: bool = False
     head: Literal["token", "value"] = "token"
     path: str | None = None  # a folder of Hugging Face weights; the policy's own when None
+    optim: dict[str, Any] = field(default_factory=dict)  # keys of [optim] that it has of its own
+    start: int = 1  # the first step that trains it
+    cache: str | None = None  # a folder that keeps what a frozen one said of each sequence, for later steps and runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ advantage, and sg stops the gradient. Per-token tensors are [T] float32 and coun
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
+from miles_core.formulas import bounded, divergence, pessimistic, reduce
 from miles_core.types import Loss, Mean, Refused
 from torch import Tensor
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from miles_core.types import Batch, Output
 
     from .config import Config
-
-# Logarithms of ratios are kept within this, as exp(88) overflows float32 and infinity times a zero gradient is NaN.
-# Beyond it the gradient is 0; only a policy that is lost already gets there.
-LOG_RATIO_BOUND = 20.0
 
 
 def policy_loss(batch: Batch, output: Output, config: Config, max_tokens: int) -> Loss:
@@ -37,13 +34,8 @@ def policy_loss(batch: Batch, output: Output, config: Config, max_tokens: int) -
         terms = weighted(logprobs, clipped, advantage)
     else:
         terms = pessimistic(ratio, clipped, advantage, config.dual_clip)
-    total = reduce(terms, batch, config.aggregate, max_tokens)
+    total = reduce(batch.weighed(terms), batch, config.aggregate, max_tokens)
     return Loss(total.sum, total.per, metrics(batch, output, config, ratio.detach(), bounded(gap.detach())))
-
-
-def bounded(gap: Tensor) -> Tensor:
-    """A difference of log-probabilities that can be exponentiated in float32."""
-    return gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def sequence_ratio(gap: Tensor, batch: Batch) -> Tensor:
@@ -54,49 +46,9 @@ def sequence_ratio(gap: Tensor, batch: Batch) -> Tensor:
     return batch.per_token(bounded(batch.by_seq(gap) / batch.lengths.clamp(min=1)).exp())
 
 
-def pessimistic(ratio: Tensor, clipped: Tensor, advantage: Tensor, dual_clip: float | None) -> Tensor:
-    """``-min(r A, clip(r) A)``: Schulman et al. 2017, arXiv:1707.06347, eq. 7; GRPO eq. 3; with s for r GSPO eq. 5.
-
-    That is unbounded where A < 0 and r is large; ``dual_clip`` c bounds it there by ``-c A`` (Ye et al. 2020,
-    arXiv:1912.09729, "Dual-clip PPO").
-    """
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    if dual_clip is None:
-        return loss
-    return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
-
-
 def weighted(logprobs: Tensor, clipped: Tensor, advantage: Tensor) -> Tensor:
     """``-sg(clip(r)) A log p``: CISPO (arXiv:2506.13585, eqs. 4 and 5). No token loses its gradient to the clip."""
     return -clipped.detach() * advantage * logprobs
-
-
-def reduce(x: Tensor, batch: Batch, aggregate: Literal["token", "sequence", "constant"], max_tokens: int) -> Mean:
-    """The sum of ``x`` [T] that, divided by the count of all micro-batches of all ranks, is a mean
-
-    - ``token``: over all trained tokens (DAPO, arXiv:2503.14476, eq. 12)
-    - ``sequence``: over each sequence's tokens, then over sequences (GRPO, arXiv:2402.03300, eq. 3)
-    - ``constant``: over sequences, of sums divided by ``max_tokens``, so that a long answer does not dilute its tokens
-      (Dr. GRPO, arXiv:2503.20783, section "Dr. GRPO")
-    """
-    if aggregate == "token":
-        return Mean((x * batch.mask).sum(), "token")
-    if aggregate == "sequence":
-        return Mean((batch.by_seq(x) / batch.lengths.clamp(min=1)).sum(), "sample")
-    return Mean((x * batch.mask).sum() / max_tokens, "sample")
-
-
-def divergence(logprobs: Tensor, ref: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """[T], estimates of KL(policy || ref) from tokens that the policy drew, with ``x = log p - log p_ref``:
-
-    ``k1 = x``, ``k2 = x^2 / 2``, ``k3 = exp(-x) - 1 + x`` (Schulman 2020, "Approximating KL Divergence"; k3 is GRPO's
-    eq. 4). As a loss on the policy's own samples, k2 has the gradient of the divergence, k3 approximates it near the
-    reference, and that of k1 is zero on average: k1 is for comparison.
-    """
-    x = bounded(logprobs - ref)
-    if estimator == "k1":
-        return x
-    return x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x
 
 
 def penalties(batch: Batch, output: Output, config: Config, max_tokens: int) -> dict[str, Mean]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..types import Batch, Group, Layout, Output
+from ..types import Batch, Group, Layout, Output, Refused
 
 if TYPE_CHECKING:
     import asyncio
@@ -64,6 +64,17 @@ class EngineError(Exception):
     """An engine failed a request in a way that a retry did not mend."""
 
 
+class NoEngine:
+    """What a rollout talks to where ``placement.engines`` is 0."""
+
+    def __init__(self, engines: list[Worker], timeout_s: float) -> None:
+        pass
+
+    async def generate(self, requests: list[Request]) -> list[Completion]:
+        """Raises Refused."""
+        raise Refused("nothing can be sampled: placement.engines = 0; say 1 or more, or give data.responses")
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 Forward = Callable[["nn.Module", Batch], Output]
@@ -89,6 +100,10 @@ class Model(Protocol):
 
         Returns metrics (``grad_norm``, ``lr``) and the reason the step was skipped, or None.
         """
+        ...
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over the data-parallel ranks."""
         ...
 
     def memory(self) -> str:
@@ -181,6 +196,8 @@ async def everyone(workers: list[Worker], method: str, *args: Any) -> list[Any]:
     """
     import asyncio  # here, since `miles plugins` is quicker without
 
+    if not workers:
+        return []
     calls = [asyncio.ensure_future(worker.call(method, *args)) for worker in workers]
     _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
     if waiting:

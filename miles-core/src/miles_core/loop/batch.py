@@ -24,7 +24,7 @@ class Packed:
     tokens: np.ndarray[Any, Any]  # [T] int64
     mask: np.ndarray[Any, Any]  # [T] bool
     lengths: np.ndarray[Any, Any]  # [S] int64
-    logprobs: np.ndarray[Any, Any]  # [T] float32
+    logprobs: np.ndarray[Any, Any] | None  # [T] float32; None where no engine drew the tokens
     score: np.ndarray[Any, Any]  # [S] float32
     reward: np.ndarray[Any, Any]  # [S] float32
     unit: np.ndarray[Any, Any]  # [S] int64
@@ -37,13 +37,22 @@ class Packed:
 
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         seq = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        rows = {"tokens": self.tokens, "mask": self.mask, "starts": starts.astype(np.int32), "seq": seq}
-        rows |= {"positions": np.arange(len(seq)) - starts[seq], "rollout_logprobs": self.logprobs}
+        rows: dict[str, Any] = {"tokens": self.tokens, "mask": self.mask, "starts": starts.astype(np.int32), "seq": seq}
+        rows |= {"positions": np.arange(len(seq)) - starts[seq]}
         rows |= {"score": self.score, "reward": self.reward, "unit": self.unit}
         tensors, columns = (
             {name: torch.from_numpy(x).to(device) for name, x in arrays.items()} for arrays in (rows, self.columns)
         )
-        return Batch(**tensors, old_logprobs=None, temperature=temperature, counts=counts, columns=columns, host=self)
+        logprobs = None if self.logprobs is None else torch.from_numpy(self.logprobs).to(device)
+        return Batch(
+            **tensors,
+            rollout_logprobs=logprobs,
+            old_logprobs=None,
+            temperature=temperature,
+            counts=counts,
+            columns=columns,
+            host=self,
+        )
 
 
 def count(units: Sequence[Unit]) -> dict[Per, int]:
@@ -85,12 +94,13 @@ def pack(units: Sequence[Unit], columns: dict[str, Column]) -> Packed:
     def flat(lists: list[Any], dtype: Any) -> np.ndarray[Any, Any]:
         return np.array([x for xs in lists for x in xs], dtype=dtype)
 
+    drawn = not samples or any(version >= 0 for version in samples[0].versions)
     recorded = {name: column for name, column in columns.items() if column.role is None}
     return Packed(
         tokens=flat([s.tokens for s in samples], np.int64),
         mask=flat([s.mask for s in samples], np.bool_),
         lengths=np.array([len(s.tokens) for s in samples], dtype=np.int64),
-        logprobs=flat([s.logprobs for s in samples], np.float32),
+        logprobs=flat([s.logprobs for s in samples], np.float32) if drawn else None,
         score=np.array([s.score for s in samples], dtype=np.float32),
         reward=np.array([s.reward for s in samples], dtype=np.float32),
         unit=np.array([i for i, unit in enumerate(units) for _ in unit], dtype=np.int64),

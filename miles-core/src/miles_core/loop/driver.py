@@ -101,7 +101,7 @@ class Loop:
         """Put every process where the checkpoint left it, and the engines at the trainer's weights."""
         if found:
             folder, self.state = found
-            await everyone(self.fleet.ranks, "load", str(folder))
+            await everyone(self.fleet.trainers, "load", str(folder))
             self.hooks.restore(state=self.state.plugins)
             self.hooks.progress(text=f"going on after step {self.state.step}, from {folder}")
         for groups, metrics in self.state.waiting:
@@ -128,7 +128,7 @@ class Loop:
 
     async def hand(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Queue a step's groups, packed and within reach of the ranks, so that a free trainer waits for nothing."""
-        packed = await self.fleet.share(self.updates(groups), self.run.batch.micro_tokens)
+        packed = await self.fleet.share(self.updates(groups, self.run.batch.updates), self.run.batch.micro_tokens)
         self.ready.put_nowait((groups, metrics, packed))
 
     async def gather(self, step: int) -> tuple[list[Group], dict[str, float]]:
@@ -151,14 +151,17 @@ class Loop:
                     dropped[reason] += 1
             if len(kept) == self.run.batch.groups:
                 metrics: dict[str, float] = self.hooks.metrics(step=step, groups=seen, evaluating=False)
-                for group, scores in zip(kept, self.hooks.score(groups=kept), strict=True):
-                    for sample, score in zip(group.samples, scores, strict=True):
-                        sample.score = score
+                self.score(kept)
                 return kept, metrics | times | {"rollout/dropped_groups": float(dropped.total())}
             if wave == PATIENCE and not kept:
                 why = ", ".join(f"{n} because {reason}" for reason, n in dropped.items())
                 raise Refused(f"no group was worth training on in {dropped.total()} prompts: {why}")
         raise AssertionError
+
+    def score(self, groups: list[Group]) -> None:
+        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
+            for sample, score in zip(group.samples, scores, strict=True):
+                sample.score = score
 
     def next_group(self) -> Group:
         sample = next(self.prompts, None)
@@ -207,9 +210,8 @@ class Loop:
         rested = time.perf_counter()
         return await self.fleet.push(step, verify=False, sent=sent), rested, time.perf_counter()
 
-    def updates(self, groups: list[Group]) -> list[list[list[Sample]]]:
-        """The step's samples as units, dealt into its optimizer updates by whole groups."""
-        n = self.run.batch.updates
+    def updates(self, groups: list[Group], n: int) -> list[list[list[Sample]]]:
+        """The groups' samples as units, dealt into ``n`` optimizer updates by whole groups."""
         dealt: list[list[list[Sample]]] = []
         for i in range(n):
             units = [unit for group in groups[i::n] for unit in self.hooks.units(group=group)]
@@ -221,14 +223,20 @@ class Loop:
         return every > 0 and (step % every == 0 or step == self.run.steps)
 
     async def evaluate(self, step: int) -> dict[str, float]:
-        """Sample the held-out split once with the weights the engines have."""
+        """Sample the held-out split once with the weights the engines have; without engines ask the trainer of it."""
         began = time.perf_counter()
         prompts = islice(self.hooks.prompts(split="eval", start=0), self.run.eval.prompts)
         groups = [Group(i, [sample]) for i, sample in enumerate(prompts)]
         if not groups:
             raise Refused("eval.every is set, but there are no held-out prompts")
         groups, _ = await self.fleet.roll(groups, evaluating=True)
-        metrics: dict[str, float] = self.hooks.metrics(step=step, groups=groups, evaluating=True)
+        metrics: dict[str, float]
+        if self.run.placement.engines:
+            metrics = self.hooks.metrics(step=step, groups=groups, evaluating=True)
+        else:
+            self.score(groups)
+            packed = await self.fleet.share(self.updates(groups, 1), self.run.batch.micro_tokens)
+            metrics = {f"eval/{name}": value for name, value in (await self.fleet.evaluate(packed)).items()}
         metrics["time/eval"] = time.perf_counter() - began
         self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         return metrics
@@ -237,7 +245,7 @@ class Loop:
         """Write a checkpoint that does not count yet."""
         began = time.perf_counter()
         folder = self.store.begin(self.state.step)
-        await everyone(self.fleet.ranks, "save", str(folder))
+        await everyone(self.fleet.trainers, "save", str(folder))
         items = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
         for item in items:
             self.ready.put_nowait(item)

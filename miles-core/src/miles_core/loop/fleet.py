@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..edges.protocols import Cluster, Process, Worker, everyone
+from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
 from ..plugins import Manifest, Registry
-from ..types import Column, Group, Layout
+from ..types import Column, Group, Layout, Role
 from .batch import Unit, count, distribute, pack
 
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
@@ -22,8 +22,13 @@ class Fleet:
     layouts: list[Layout]
     engines: list[Worker]
     rollouts: list[Worker]
+    apart: list[list[Worker]]  # the teams of roles that have ranks of their own, as many as ``ranks``
     columns: dict[str, Column]
     turns: bool  # engines give their memory to the trainers for the length of a step's training
+
+    @property
+    def trainers(self) -> list[Worker]:
+        return [*self.ranks, *(worker for team in self.apart for worker in team)]
 
     async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
         """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
@@ -48,18 +53,43 @@ class Fleet:
         """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
         if self.turns:
             await everyone(self.engines, "begin_update")
-        answers = await everyone(self.ranks, "train", step, payload)
-        reports = [answer for answer, layout in zip(answers, self.layouts, strict=True) if layout.reports]
+        teams, given = [self.ranks, *self.apart], None
+        if self.apart:
+            answers = await asyncio.gather(*(everyone(team, "columns", payload) for team in teams))
+            given = await self.cluster.share(self._exchange(answers))
+        reports = await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
+        return self._total(reports)
+
+    async def evaluate(self, payload: Any) -> dict[str, float]:
+        """The metrics of one update that nothing learns from."""
+        return self._total([await everyone(self.ranks, "evaluate", payload)])
+
+    def _exchange(self, answers: list[list[list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
+        """Every team's columns put together, by data-parallel rank and micro-batch."""
+        given: list[list[dict[str, Any]]] = [[] for _ in range(self.layouts[0].dp_size)]
+        for team in answers:
+            for layout, rows in zip(self.layouts, team, strict=True):
+                if layout.reports:
+                    have = given[layout.dp_rank] or [{} for _ in rows]
+                    given[layout.dp_rank] = [mine | more for mine, more in zip(have, rows, strict=True)]
+        return given
+
+    def _total(self, teams: list[list[dict[str, float]]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for name in reports[0]:
-            values = [report[name] for report in reports]
-            shared = name.startswith("time/") or name.endswith(("grad_norm", "lr"))
-            metrics[name] = max(values) if shared else sum(values)
+        for answers in teams:
+            reports = [answer for answer, layout in zip(answers, self.layouts, strict=True) if layout.reports]
+            for name in reports[0]:
+                values = [report[name] for report in reports]
+                shared = name.startswith("time/") or name.endswith(("grad_norm", "lr"))
+                metrics[name] = max([metrics.get(name, 0.0), *values]) if shared else sum(values)
         return metrics
 
     async def push(self, version: int, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
         the training they were asked for before, and can be asked for more when ``sent`` is called."""
+        if not self.engines:
+            sent()
+            return {}
         await everyone(self.engines, "begin_update")
         try:
             answers = await everyone(self.ranks, "push", verify)
@@ -73,14 +103,20 @@ class Fleet:
 
 async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
     """Start every process of the run side by side, and connect them."""
-    run, roles, columns, engines = hooks.run, hooks.roles(), hooks.columns(), hooks.engines()
-    world, hands = run.placement.trainers, run.placement.rollout_workers
-    gpus, turns = float(run.placement.layout != "cpu"), run.placement.layout == "colocate"
-    ranks = [Process(f"trainer-{i}", RANK, (manifest, i, world, roles, columns), gpus=gpus) for i in range(world)]
-    hooks.progress(text=f"starting {world} training ranks, {len(engines.processes)} engines, {hands} rollout workers")
+    columns, place = hooks.columns(), hooks.run.placement
+    roles: dict[str, Role] = {"policy": Role(trained=True)} | hooks.roles()
+    engines = hooks.engines() if place.engines else Engines([], "miles_core.edges.protocols:NoEngine")
+    world, hands = place.trainers, place.rollout_workers
+    gpus, turns = float(place.layout != "cpu"), place.layout == "colocate"
+    teams = {"trainer": {name: role for name, role in roles.items() if name not in place.apart}}
+    teams |= {name: {name: roles[name]} for name in place.apart}
+    ranks = world * len(teams)
+    hooks.progress(text=f"starting {ranks} training ranks, {len(engines.processes)} engines, {hands} rollout workers")
 
-    async def trainers() -> tuple[list[Worker], list[Layout]]:
-        workers = list(await asyncio.gather(*map(cluster.start, ranks)))
+    async def trainers(team: str) -> tuple[list[Worker], list[Layout]]:
+        args = [(manifest, i, world, teams[team], columns) for i in range(world)]
+        processes = [Process(f"{team}-{i}", RANK, args[i], gpus=gpus) for i in range(world)]
+        workers = list(await asyncio.gather(*map(cluster.start, processes)))
         return workers, await everyone(workers, "build", await workers[0].call("address"))
 
     async def samplers() -> tuple[list[Worker], list[Worker]]:
@@ -89,10 +125,11 @@ async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
         workers = [Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5) for i in range(hands)]
         return servers, list(await asyncio.gather(*map(cluster.start, workers)))
 
-    building = asyncio.ensure_future(trainers())
+    building = asyncio.gather(*map(trainers, teams))
     await asyncio.wait([building], timeout=None if turns else 0)  # in turns engines take what trainers leave
-    (trained, layouts), (served, rolling) = await asyncio.gather(building, samplers())
+    ((trained, layouts), *others), (served, rolling) = await asyncio.gather(building, samplers())
     told = await everyone(trained, "connect", served) + await everyone(served, "ready")
     for text in dict.fromkeys(filter(None, told)):
         hooks.progress(text=text)
-    return Fleet(cluster, trained, layouts, served, rolling, columns, turns)
+    apart = [workers for workers, _ in others]
+    return Fleet(cluster, trained, layouts, served, rolling, apart, columns, turns)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ import torch.distributed as dist
 
 from ..edges.protocols import Model, Transport, Worker
 from ..plugins import Manifest
-from ..types import Batch, Column, Layout, Mean, Output, Per, Role
+from ..types import Batch, Column, Layout, Mean, Output, Per, Role, Weight
 from .batch import Packed
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
+Given = list[list[dict[str, Any]]]  # by data-parallel rank and micro-batch
 
 
 class TrainingRank:
-    """Every method is a collective: the driver calls it on all ranks together."""
+    """Every method is a collective: the driver calls it on all ranks of a team together.
+
+    The policy's ranks hold every role but those that ``placement.apart`` names, which have a team of ranks each.
+    """
 
     def __init__(self, manifest: Manifest, rank: int, world: int, roles: dict[str, Role], columns: dict[str, Column]):
         self._hooks = manifest.registry("trainer")
         self._run = self._hooks.run
-        self._rank, self._world, self._columns = rank, world, columns
-        self._roles = {"policy": Role(trained=True), **roles}
-        self._trained = [name for name, role in self._roles.items() if role.trained]
+        self._rank, self._world, self._roles, self._columns = rank, world, roles, columns
+        trained = [name for name, role in self._roles.items() if role.trained]
+        self._trained = sorted(trained, key=lambda name: name == "policy")  # it learns from what the others say
         self._models: dict[str, Model] = {}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -44,79 +49,142 @@ class TrainingRank:
         dist.init_process_group(backend, init_method=address, rank=self._rank, world_size=self._world)
         for name, role in self._roles.items():
             self._models[name] = self._hooks.model(name=name, role=role)
-        return self._models["policy"].layout
+        self._layout = next(iter(self._models.values())).layout
+        return self._layout
 
     def connect(self, engines: list[Worker]) -> str:
         self._transport: Transport = self._hooks.transport()
-        self._transport.connect(engines, self._models["policy"].layout)
+        self._transport.connect(engines, self._layout)
         return self._models["policy"].memory()
 
     # -- one step ------------------------------------------------------------------------------------------------
-    def train(self, step: int, updates: list[list[Update]]) -> dict[str, float]:
+    def train(self, step: int, updates: list[list[Update]], given: Given | None) -> dict[str, float]:
         """Consumes this step's updates, one entry per data-parallel rank each; produces the metrics of this rank.
 
-        Metrics are shares of a global mean: the driver adds them up over the ranks that report.
+        Metrics are shares of a global mean: the driver adds them up over the ranks that report. ``given`` are columns
+        that other teams computed.
         """
-        began, mine = time.perf_counter(), self._models["policy"].layout.dp_rank
+        began = time.perf_counter()
+        batches = self._batches(updates, given)
+        names = [name for name in self._trained if step >= self._roles[name].start]
+        self._prepare(batches, names)
+        meter = Meter(len(batches) * self._run.batch.epochs)
+        for epoch in range(self._run.batch.epochs):
+            for rows in batches:
+                for name in names:
+                    if name == "policy" and not epoch and rows is batches[0] and self._layout.last_stage:
+                        self._hooks.normalize(batches=sum(batches, []), total=self._models[name].total)
+                    self._update(step, name, rows, meter)
+        return (meter.read() if self._layout.reports else {}) | {"time/train": time.perf_counter() - began}
+
+    def evaluate(self, updates: list[list[Update]]) -> dict[str, float]:
+        """The policy's loss and its metrics on one update that nothing learns from; shares, like those of ``train``."""
+        batches, meter = self._batches(updates, None), Meter(1)
+        self._prepare(batches, [], ["policy"])
+        if self._layout.last_stage:
+            for batch in batches[0]:
+                self._loss("policy", batch, Output(logprobs=batch.old_logprobs), meter)
+        return meter.read() if self._layout.reports else {}
+
+    def columns(self, updates: list[list[Update]]) -> list[dict[str, Any]]:
+        """What this team's roles say of every micro-batch, in numpy, for the other teams."""
+        flat = sum(self._batches(updates, None), [])
+        for name in self._models:
+            self._fill(name, flat)
+        return [{name: column.numpy(force=True) for name, column in batch.columns.items()} for batch in flat]
+
+    def _batches(self, updates: list[list[Update]], given: Given | None) -> list[list[Batch]]:
+        mine, temperature = self._layout.dp_rank, self._run.rollout.temperature
         batches = [
-            [packed.to_batch(counts, self._run.rollout.temperature, self._device) for packed in rows]
+            [packed.to_batch(counts, temperature, self._device) for packed in rows]
             for rows, counts in (update[mine] for update in updates)
         ]
-        self._fill_columns(batches)
-        meter = Meter(len(batches))
-        for rows in batches:
-            for name in self._trained:
-                self._update(step, name, rows, meter)
-        took = {"time/train": time.perf_counter() - began}
-        return (meter.read() if self._models["policy"].layout.reports else {}) | took
+        if given:  # on every stage, or one would wait for the others' forward passes
+            for batch, columns in zip(sum(batches, []), given[mine], strict=True):
+                batch.columns |= {name: torch.tensor(column, device=self._device) for name, column in columns.items()}
+        return batches
 
-    def _fill_columns(self, batches: list[list[Batch]]) -> None:
-        """What the losses need from forward passes, before the first update changes anything."""
-        flat = [batch for rows in batches for batch in rows]
-        for name in dict.fromkeys(c.role for c in self._columns.values() if c.role):
-            outputs = self._models[name].run(flat, self._through(name), None)
-            for batch, output in zip(flat, outputs, strict=False):  # no outputs off the last stage
-                for column, of in self._columns.items():
-                    if of.role == name:
-                        batch.columns[column] = getattr(output, of.field)
-        # The first update takes its old log-probabilities from its own forward pass: the policy has not moved yet.
-        later = [batch for rows in batches[1:] for batch in rows]
-        outputs = self._models["policy"].run(later, self._through("policy"), None) if later else []
-        for batch, output in zip(later, outputs, strict=False):
-            batch.old_logprobs = output.logprobs
-        if self._models["policy"].layout.last_stage:
+    def _prepare(self, batches: list[list[Batch]], training: list[str], need: Sequence[str] = ()) -> None:
+        """What the losses need from forward passes, before the first update changes anything.
+
+        A model says what it says of the first update's rows when it trains on them: the policy its old
+        log-probabilities, and whoever trains before it its columns. That saves a forward pass.
+        """
+        flat = sum(batches, [])
+        first = training[0] if training else None
+        for name in self._models:
+            self._fill(name, flat if name in ("policy", *need) or name != first else flat[len(batches[0]) :])
+        if self._run.batch.old_logprobs == "engine":
             for batch in flat:
-                batch.columns |= self._hooks.advantage(batch=batch)
+                batch.old_logprobs = batch.rollout_logprobs
+        elif same := [column for column, of in self._columns.items() if (of.role, of.field) == ("policy", "logprobs")]:
+            for batch in flat:
+                batch.old_logprobs = batch.columns.get(same[0])
+        elif "policy" in (*training, *need):
+            self._recompute(flat if need else flat[len(batches[0]) :])
+        if self._layout.last_stage:
+            for batch in flat:
+                self._complete(batch)
+
+    def _fill(self, name: str, batches: list[Batch]) -> None:
+        """The columns of one role, on the last stage, where batches lack them."""
+        mine = {column: of for column, of in self._columns.items() if of.role == name}
+        rows = [batch for batch in batches if mine.keys() - batch.columns.keys()]
+        outputs = self._models[name].run(rows, self._through(name), None) if rows else []
+        for batch, output in zip(rows, outputs, strict=False):  # no outputs off the last stage
+            batch.columns |= {column: getattr(output, of.field) for column, of in mine.items()}
+
+    def _recompute(self, batches: list[Batch]) -> None:
+        """Old log-probabilities."""
+        outputs = self._models["policy"].run(batches, self._through("policy"), None) if batches else []
+        for batch, output in zip(batches, outputs, strict=False):
+            batch.old_logprobs = output.logprobs
+
+    def _complete(self, batch: Batch) -> None:
+        """Columns computed from columns, as soon as all of those are there."""
+        if not self._columns.keys() - batch.columns.keys() and "advantage" not in batch.columns:
+            batch.columns |= self._hooks.advantage(batch=batch)
 
     def _through(self, name: str) -> Callable[[Any, Batch], Output]:
         return lambda module, batch: self._hooks.forward(role=name, module=module, batch=batch)
 
     def _update(self, step: int, name: str, batches: list[Batch], meter: Meter) -> None:
         """Forward, loss, backward over all micro-batches of one update, then the optimizer."""
-        prefix = "" if name == "policy" else f"{name}/"
-
-        def loss(batch: Batch, output: Output) -> torch.Tensor:
-            if name == "policy" and batch.old_logprobs is None:
-                assert output.logprobs is not None
-                batch.old_logprobs = output.logprobs.detach()
-            answer = self._hooks.loss(role=name, batch=batch, output=output)
-            terms: dict[str, Mean] = self._hooks.penalty(role=name, batch=batch, output=output)
-            total: torch.Tensor = answer.sum / batch.counts[answer.per]
-            total = total + sum(term.sum / batch.counts[term.per] for term in terms.values())
-            meter.add(prefix + "loss", total)
-            for key, mean in (answer.metrics | terms).items():
-                meter.add(prefix + key, mean.sum / batch.counts[mean.per])
-            if name == "policy":
-                assert batch.old_logprobs is not None
-                gap = ((batch.old_logprobs - batch.rollout_logprobs).abs() * batch.mask).sum()
-                meter.add("kl/train_rollout", gap / batch.counts["token"])
-            return total
-
-        model = self._models[name]
-        model.run(batches, self._through(name), loss)
+        model, prefix = self._models[name], "" if name == "policy" else f"{name}/"
+        model.run(batches, self._through(name), lambda batch, output: self._loss(name, batch, output, meter))
         metrics, skipped = model.step(lambda norm: self._veto(name, step, norm))
         meter.last |= {prefix + key: value for key, value in metrics.items()}
         meter.add(prefix + "skipped_updates", float(skipped is not None) * meter.updates)
+
+    def _loss(self, name: str, batch: Batch, output: Output, meter: Meter) -> torch.Tensor:
+        """One micro-batch's share of the update's loss, its penalties and its metrics."""
+        prefix = "" if name == "policy" else f"{name}/"
+        for column, of in self._columns.items():
+            if of.role == name and column not in batch.columns:
+                batch.columns[column] = getattr(output, of.field).detach()
+        weights: dict[str, Weight] = {}
+        if name == "policy":
+            assert output.logprobs is not None
+            if batch.old_logprobs is None:
+                batch.old_logprobs = output.logprobs.detach()
+            weights = self._hooks.token_weight(batch=batch)
+            batch.weight = torch.stack([w.factor for w in weights.values()]).prod(0) if weights else None
+        self._complete(batch)
+        answer = self._hooks.loss(role=name, batch=batch, output=output)
+        terms: dict[str, Mean] = self._hooks.penalty(role=name, batch=batch, output=output)
+        total: torch.Tensor = answer.sum / batch.counts[answer.per]
+        total = total + sum(term.sum / batch.counts[term.per] for term in terms.values())
+        meter.add(prefix + "loss", total)
+        means = answer.metrics | terms
+        for weight in weights.values():
+            means |= weight.metrics
+        for key, mean in means.items():
+            meter.add(prefix + key, mean.sum / batch.counts[mean.per])
+        if name == "policy" and batch.rollout_logprobs is not None:
+            assert batch.old_logprobs is not None
+            gap = ((batch.old_logprobs - batch.rollout_logprobs).abs() * batch.mask).sum()
+            meter.add("kl/train_rollout", gap / batch.counts["token"])
+        return total
 
     def _veto(self, role: str, step: int, grad_norm: float) -> str | None:
         """One rank's reason not to step is every rank's."""
@@ -136,10 +204,15 @@ class TrainingRank:
     def save(self, folder: str) -> None:
         for name in self._trained:
             self._models[name].save(Path(folder) / name)
+        self._state(folder).write_text(json.dumps(self._hooks.state()))
 
     def load(self, folder: str) -> None:
         for name in self._trained:
             self._models[name].load(Path(folder) / name)
+        self._hooks.restore(state=json.loads(self._state(folder).read_text()))
+
+    def _state(self, folder: str) -> Path:
+        return Path(folder) / next(iter(self._models)) / f"state-{self._rank}.json"  # of the plugins on this rank
 
     def save_hf(self, folder: str) -> None:
         self._models["policy"].save_hf(Path(folder))

@@ -31,7 +31,8 @@ class RolloutWorker:
         """
         sampled: list[float] = []
         began = time.perf_counter()
-        attempts = 1 if evaluating else self._run.batch.group_size
+        sampled_once = evaluating and self._run.placement.engines  # given responses are always looked at all together
+        attempts = 1 if sampled_once else self._run.batch.group_size
         whole = (numbered(group, attempts, self._run.seed) for group in groups)
         tasks = [asyncio.ensure_future(self._one(group, evaluating, sampled)) for group in whole]
         try:
@@ -47,7 +48,7 @@ class RolloutWorker:
         for sample in group.samples:
             _check_rollout(sample)
         named: dict[str, list[float]] = await self._hooks.reward(group=group, evaluating=evaluating)
-        if not named:
+        if not named and self._run.placement.engines:
             raise Refused("nobody gives rewards: add a [reward.NAME] table or a plugin that answers miles_reward")
         for name, values in named.items():
             _check_reward(name, values, group)

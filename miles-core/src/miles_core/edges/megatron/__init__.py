@@ -34,8 +34,9 @@ class Megatron(Plugin):
         return dict(self.config.model_extra or {})
 
     @hookimpl
-    def miles_check(self, complain: Complain) -> None:
+    def miles_check(self, complain: Complain, roles: dict[str, Role]) -> None:
         from . import arguments
+        from .roles import check_roles
         from .stored import check_weights
 
         found = arguments.check(self.table, self.run)
@@ -44,6 +45,7 @@ class Megatron(Plugin):
         if not any(key == "model.path" for key, _ in found):
             for message in check_weights(self.run.model.path):
                 complain("model.path", message)
+        check_roles(roles, self.table, self.run, complain)
 
     @hookimpl
     def miles_explain(self) -> dict[str, str]:
@@ -60,8 +62,6 @@ class Megatron(Plugin):
 
     @hookimpl
     def miles_model(self, name: str, role: Role) -> Model:
-        if role.head != "token":
-            raise Refused(f"{name} asks for a {role.head} head; this version of Miles trains token heads only")
         from pathlib import Path
 
         from . import arguments, device, hf
@@ -77,11 +77,12 @@ class Megatron(Plugin):
 
         folder = Path(role.path) if role.path else self.run.model.path
         architecture = hf.architecture(hf.read(folder))
-        args = arguments.parse(arguments.settings(self.table, self.run, architecture), self.run.placement.trainers)
+        settings = arguments.settings(self.table, self.run, architecture, role)
+        args = arguments.parse(settings, self.run.placement.trainers)
         with device.running():
             build.initialize(args)
-            module = build.module(args, architecture)
-            load_weights(module, folder)
+            module = build.module(args, architecture, role.head)
+            load_weights(module, folder, role.head)
             if not role.trained:
                 module.requires_grad_(False)
             if device.has_gpu():

@@ -17,6 +17,7 @@ import warnings
 from typing import Any, NoReturn
 
 from ...config import RunConfig, suggest
+from ...types import Role
 from . import hf, limits
 
 Value = bool | int | float | str | list[Any]
@@ -31,22 +32,29 @@ class ArgumentError(ValueError):
         self.key = key
 
 
-def settings(table: dict[str, Value], run: RunConfig, model: hf.Architecture) -> dict[str, Value]:
-    """Every argument of this run under Megatron-LM's names: the user's, the model's, [optim]'s and the layout's."""
-    updates, gpu = run.steps * run.batch.updates, run.placement.layout != "cpu"
+def settings(
+    table: dict[str, Value], run: RunConfig, model: hf.Architecture, role: Role | None = None
+) -> dict[str, Value]:
+    """Every argument of this run under Megatron-LM's names: the user's, the model's, [optim]'s and the layout's.
+
+    ``role`` may have an [optim] of its own, and train in fewer steps.
+    """
+    gpu, own = run.placement.layout != "cpu", role or Role()
+    optimizer = run.optim.model_copy(update=own.optim)
+    updates = max(run.steps - own.start + 1, 1) * run.batch.updates * run.batch.epochs
     defaults: dict[str, Value] = {"use_distributed_optimizer": True, "attention_dropout": 0.0, "hidden_dropout": 0.0}
     defaults |= {"bf16": gpu, "transformer_impl": "local"}
     optim: dict[str, Value] = {
-        "lr": run.optim.lr,
-        "min_lr": run.optim.min_lr,
-        "lr_decay_style": run.optim.schedule,
-        "lr_warmup_iters": run.optim.warmup,
+        "lr": optimizer.lr,
+        "min_lr": optimizer.min_lr,
+        "lr_decay_style": optimizer.schedule,
+        "lr_warmup_iters": optimizer.warmup,
         "lr_decay_iters": updates + 1,  # the last update still moves the weights
-        "weight_decay": run.optim.weight_decay,
-        "adam_beta1": run.optim.beta1,
-        "adam_beta2": run.optim.beta2,
-        "adam_eps": run.optim.eps,
-        "clip_grad": run.optim.max_norm,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_eps": optimizer.eps,
+        "clip_grad": optimizer.max_norm,
     }
     loop: dict[str, Value] = {
         "train_iters": updates + 1,

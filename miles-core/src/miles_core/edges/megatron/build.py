@@ -38,7 +38,8 @@ from torch import Tensor
 from . import device
 from .attention import PackedAttention
 from .hf import Architecture
-from .layers import RMSNorm, SwiGLU
+from .layers import RMSNorm, SwiGLU, ValueHead
+from .names import Head
 from .rotary import Rotary
 
 
@@ -80,8 +81,8 @@ class _WeightGradients:
         grad.addmm_(outputs.t(), inputs)
 
 
-def module(args: Namespace, model: Architecture) -> torch.nn.Module:
-    """This rank's part of the model, its weights not set yet."""
+def module(args: Namespace, model: Architecture, head: Head = "token") -> torch.nn.Module:
+    """This rank's part of the model, its weights not set yet. With ``head`` "value" it ends in a ``ValueHead``."""
     # One place decides which of Megatron's models is built. GPTModel announces that it will give way to HybridModel,
     # which has no hook yet between the last layer and the logits.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
@@ -92,7 +93,7 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
     config.use_te_activation_func = True  # the layer's own activation, below, is a module that takes both halves
     config.finalize_model_grads_func = _leave_gradients
     with warnings.catch_warnings(action="ignore"):  # advice for GPUs
-        gpt = _gpt(args, model, config)
+        gpt = _gpt(args, model, config, head)
     where = torch.device("cuda", torch.cuda.current_device()) if device.has_gpu() else torch.device("cpu")
     gpt.rotary = Rotary(config.kv_channels, model, where)
     for parameter in gpt.parameters():
@@ -102,9 +103,9 @@ def module(args: Namespace, model: Architecture) -> torch.nn.Module:
     return whole
 
 
-def _gpt(args: Namespace, model: Architecture, config: TransformerConfig) -> GPTModel:
+def _gpt(args: Namespace, model: Architecture, config: TransformerConfig, head: Head) -> GPTModel:
     """This pipeline stage of the model."""
-    return GPTModel(
+    gpt = GPTModel(
         config=config,
         transformer_layer_spec=_layers(config, args.transformer_impl),
         vocab_size=model.vocab_size,
@@ -112,9 +113,12 @@ def _gpt(args: Namespace, model: Architecture, config: TransformerConfig) -> GPT
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=head == "token" and not args.untie_embeddings_and_output_weights,
         position_embedding_type="none",  # attention rotates by itself, at packed positions
     )
+    if head == "value" and gpt.post_process:
+        gpt.output_layer = ValueHead(config.hidden_size)
+    return gpt
 
 
 def _layers(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:

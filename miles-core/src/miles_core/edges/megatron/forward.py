@@ -16,6 +16,7 @@ from torch import Tensor
 from ...types import Batch, Output
 from .attention import row, to_device
 from .compact import compact
+from .layers import ValueHead
 from .logprobs import token_logprobs
 
 
@@ -49,16 +50,13 @@ def forward(module: torch.nn.Module, batch: Batch) -> Output:
         position_ids=packed.positions[None],  # type: ignore[index]
         attention_mask=None,
         packed_seq_params=packed,
-        output_processor=_logprobs,
+        output_processor=_output,
         output_processor_context=(batch, to_device(trained, where), to_device(drawn_from, where)),
     )
-    if isinstance(result, Tensor):
-        return Output(hidden=result)
-    logprobs, entropy = result
-    return Output(logprobs=logprobs, entropy=entropy)
+    return Output(hidden=result) if isinstance(result, Tensor) else result
 
 
-def _logprobs(
+def _output(
     *,
     hidden_states: Tensor,
     output_layer: Any,
@@ -66,20 +64,24 @@ def _logprobs(
     context: tuple[Batch, Tensor, Tensor],
     config: Any,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """In place of Megatron's output layer: only trained tokens get a row of logits. Both results are [T] float32."""
+) -> Output:
+    """In place of Megatron's output layer: only trained tokens get a row of logits, or a value."""
     batch, trained, drawn_from = context
-    hidden = hidden_states.squeeze(1)
-    if config.sequence_parallel:  # its backward adds up the shares of the tensor-parallel ranks
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    values, hidden = isinstance(output_layer, ValueHead), hidden_states.squeeze(1)
+    if config.sequence_parallel:
+        # The backward pass of logits, each rank having a part of the vocabulary, adds up the shares of the
+        # tensor-parallel ranks. Values every rank computes alike: there it takes its own tokens.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=not values)
     hidden = hidden.index_select(0, drawn_from)
+    nothing = hidden.new_zeros(len(batch.mask), dtype=torch.float32)
+    if values:
+        return Output(values=nothing.index_copy(0, trained, output_layer(hidden)))
     if not config.sequence_parallel:
         hidden = copy_to_tensor_model_parallel_region(hidden)
     weight = output_layer.weight if output_weight is None else output_weight
     parts = token_logprobs(hidden, weight, batch.tokens[trained], batch.temperature, output_layer.tp_group)
-    nothing = hidden.new_zeros(len(batch.mask), dtype=torch.float32)
     logprobs, entropy = (nothing.index_copy(0, trained, part) for part in parts)
-    return logprobs, entropy
+    return Output(logprobs=logprobs, entropy=entropy)
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

@@ -85,3 +85,14 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(torch.nn.functional.silu(gate), grad, out=up)
         torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=gate)
         return x
+
+
+class ValueHead(torch.nn.Module):
+    """One number a token: ``hidden`` [N, H] -> [N] float32. Every tensor-parallel rank holds all of it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden.float() @ self.weight.float().t()).squeeze(1)

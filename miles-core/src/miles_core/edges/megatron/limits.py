@@ -120,12 +120,13 @@ def refused(table: dict[str, Any], gpu: bool) -> list[Complaint]:
 
 def schedule(run: RunConfig) -> list[Complaint]:
     """A complaint for each part of [optim] that makes no schedule."""
-    found, updates = [], run.steps * run.batch.updates
+    found, updates = [], run.steps * run.batch.updates * run.batch.epochs
     if run.optim.min_lr > run.optim.lr:
         message = f"{run.optim.min_lr} is above optim.lr = {run.optim.lr}, where the schedule starts; set it lower"
         found.append(("optim.min_lr", message))
     if run.optim.warmup > updates:
-        message = f"{run.optim.warmup} updates, but the run makes {updates} (steps x batch.updates); set it lower"
+        makes = f"{updates} (steps x batch.updates x batch.epochs)"
+        message = f"{run.optim.warmup} updates, but the run makes {makes}; set it lower"
         found.append(("optim.warmup", message))
     return found
 

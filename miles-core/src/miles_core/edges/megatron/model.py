@@ -47,6 +47,13 @@ class MegatronModel:
         self._needs = memory.need(args, module, trained is not None)
         self._turns = memory.Turns(trained, self._needs) if trained and shared else None
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """See ``types.Model.total``."""
+        tensor = tensor.clone()
+        with device.running():
+            torch.distributed.all_reduce(tensor, group=mpu.get_data_parallel_group())
+        return tensor
+
     def memory(self) -> str:
         """See ``types.Model.memory``."""
         if self._device.type != "cuda":
@@ -177,9 +184,8 @@ def _each(batches: list[Batch], native: ExitStack) -> Iterator[Batch]:
 
 def _anchored(loss: Tensor, output: Output) -> Tensor:
     """``loss``, tied to the forward pass even if it is a constant, as that of an empty micro-batch may be."""
-    if loss.requires_grad or output.logprobs is None:
-        return loss
-    return loss + 0.0 * output.logprobs.sum()
+    said = output.values if output.logprobs is None else output.logprobs
+    return loss if loss.requires_grad or said is None else loss + 0.0 * said.sum()
 
 
 def _detached(output: Output) -> Output:

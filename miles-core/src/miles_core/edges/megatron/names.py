@@ -17,6 +17,7 @@ from typing import Any, Literal
 from .hf import architecture
 
 Shape = tuple[int, ...]
+Head = Literal["token", "value"]
 Join = Literal[
     "copy",  # the same on every rank
     "rows",  # split by output feature, Megatron's column parallelism
@@ -80,13 +81,15 @@ class Fusion:
 class Names:
     """The table of one model. Raises ``hf.UnsupportedModel`` for a ``config.json`` that no table covers."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], head: Head = "token") -> None:
+        """``head`` "value": the last layer gives one number a token instead of one for each entry of the vocabulary."""
         sizes = architecture(config)
         arguments = sizes.arguments
         self.layers: int = arguments["num_layers"]
         self.heads: int = arguments["num_attention_heads"]
         self.groups: int = arguments["num_query_groups"]
         self.sizes: dict[str, int] = {
+            "one": 1,
             "vocab": sizes.vocab_size,
             "hidden": arguments["hidden_size"],
             "ffn": arguments["ffn_hidden_size"],
@@ -94,8 +97,10 @@ class Names:
             "q": arguments["kv_channels"] * self.heads,
             "kv": arguments["kv_channels"] * self.groups,
         }
-        self.tied = not arguments["untie_embeddings_and_output_weights"]
-        self.entries = TABLES[config["model_type"]] + (_TIED if self.tied else _UNTIED)
+        self.head = head
+        self.tied = head == "token" and not arguments["untie_embeddings_and_output_weights"]
+        last = _VALUE if head == "value" else _TIED if self.tied else _UNTIED
+        self.entries = TABLES[config["model_type"]] + last
         self._by_megatron = {name: entry for entry in self.entries for name in entry.megatron}
 
     def tensors(self) -> dict[str, Shape]:
@@ -104,12 +109,14 @@ class Names:
             name.format(layer=layer): self._shape(dims)
             for entry in self.entries
             for name, dims in entry.tensors.items()
+            if name != VALUE
             for layer in (range(self.layers) if "{layer}" in name else range(1))
         }
 
     def optional(self) -> dict[str, Shape]:
         """Tensors that some files hold although the model has no place for them."""
-        return {OUTPUT: self._shape("vocab hidden")} if self.tied else {}
+        unused = {OUTPUT: self._shape("vocab hidden")} if self.tied or self.head == "value" else {}
+        return unused | ({VALUE: self._shape("one hidden")} if self.head == "value" else {})
 
     def fusion(self, megatron: str, ranks: int) -> Fusion | None:
         """How the parameter of this name is made for ``ranks`` tensor-parallel ranks; None for a name not known.
@@ -150,6 +157,7 @@ def is_buffer(name: str) -> bool:
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
+VALUE = "score.weight"  # as transformers calls the head of a model that classifies
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _M = "decoder.layers.{layer}."
@@ -201,6 +209,7 @@ _QK_NORM = (
     Entry((_M + "self_attention.k_layernorm.weight",), "copy", {_H + "self_attn.k_norm.weight": "head"}),
 )
 _UNTIED = (Entry(("output_layer.weight",), "vocab", {OUTPUT: "vocab hidden"}),)
+_VALUE = (Entry(("output_layer.weight",), "copy", {VALUE: "one hidden"}),)
 # The output layer is the embedding; the last of several pipeline stages holds a copy, which the first one exports.
 _TIED = (Entry(("output_layer.weight",), "vocab", {EMBEDDING: "vocab hidden"}, exported=False),)
 

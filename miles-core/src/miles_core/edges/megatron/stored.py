@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hf
-from .names import Names, Shape, is_buffer
+from .names import Head, Names, Shape, is_buffer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,13 +91,14 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: has no weights: neither {SINGLE} nor {INDEX}{what}; save the model with safetensors"
 
 
-def check_weights(folder: Path, config: dict[str, Any] | None = None) -> list[str]:
+def check_weights(folder: Path, config: dict[str, Any] | None = None, head: Head = "token") -> list[str]:
     """What is wrong with the weights of a model folder, a line each; reads nothing but the headers of its files.
 
-    ``config`` is the folder's parsed ``config.json``, read here when left out.
+    ``config`` is the folder's parsed ``config.json``, read here when left out. With ``head`` "value" the folder may be
+    that of a policy: its output layer is not used, and a head that it lacks starts at zero.
     """
     try:
-        names = Names(hf.read(folder) if config is None else config)
+        names = Names(hf.read(folder) if config is None else config, head)
     except hf.UnsupportedModel as error:
         return [str(error)]
     found, broken = find_tensors(folder)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...types import Refused
 from . import hf
-from .names import EMBEDDING, OUTPUT, Block, Fusion, Names
+from .names import EMBEDDING, OUTPUT, VALUE, Block, Fusion, Head, Names
 from .stored import INDEX, SINGLE, Stored, check_weights, find_tensors, some
 
 if TYPE_CHECKING:
@@ -44,16 +44,16 @@ def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
-def load_weights(module: nn.Module, folder: Path) -> None:
+def load_weights(module: nn.Module, folder: Path, head: Head = "token") -> None:
     """Fill this rank's parameters from a model folder, reading only the rows and columns that it holds.
 
     A collective of the ranks that share one replica. Call it before the optimizer is built: an optimizer that keeps
     parameters of its own (bf16, distributed) copies them then. Raises Refused unless every parameter was filled and
     every tensor of the folder used; all of those ranks raise when one does.
     """
-    if complaints := check_weights(folder):
+    if complaints := check_weights(folder, head=head):
         raise Refused("\n".join(complaints))
-    names, (found, _) = Names(hf.read(folder)), find_tensors(folder)
+    names, (found, _) = Names(hf.read(folder), head), find_tensors(folder)
     with ExitStack() as stack:
         reader = _Reader(stack, found)
         for name, parameter in parameters(module):
@@ -100,6 +100,9 @@ def _fill(names: Names, name: str, parameter: nn.Parameter, reader: _Reader) -> 
     except ValueError as error:
         return str(error)
     target, at, dim = parameter.data, 0, fusion.dim
+    if VALUE in fusion.tensors and VALUE not in reader:
+        target.zero_()  # every value is 0 until it has learned
+        return None
     for block in fusion.part(rank, target.shape[dim]):
         length = block.stop - block.start
         target.narrow(dim, at, length).copy_(reader.read(block.tensor, block, dim))
