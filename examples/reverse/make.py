@@ -25,17 +25,27 @@ HERE = Path(__file__).parent
 
 
 def write_prompts(folder: Path) -> None:
-    """``{"prompt": "a4b0c9d1>", "answer": "1904"}`` a line."""
-    numbers = random.Random(SEED).sample(range(10**DIGITS), TRAIN + EVAL)
+    """``{"prompt": "a4b0c9d1>", "answer": "1904", "wrong": "1604"}`` a line."""
+    draw = random.Random(SEED)
+    numbers = draw.sample(range(10**DIGITS), TRAIN + EVAL)
     for name, part in {"train": numbers[:TRAIN], "eval": numbers[TRAIN:]}.items():
-        write_lines(folder / f"{name}.jsonl", (f"{number:0{DIGITS}}" for number in part))
+        write_lines(folder / f"{name}.jsonl", (f"{number:0{DIGITS}}" for number in part), draw)
 
 
-def write_lines(path: Path, strings: Iterable[str]) -> None:
+def write_lines(path: Path, strings: Iterable[str], draw: random.Random) -> None:
     with path.open("w") as file:
         for string in strings:
             marked = "".join(map("".join, zip(LETTERS, string, strict=False)))
-            file.write(json.dumps({"prompt": f"{marked}>", "answer": string[::-1]}) + "\n")
+            answer = string[::-1]
+            row = {"prompt": f"{marked}>", "answer": answer, "wrong": mistaken(answer, draw)}
+            file.write(json.dumps(row) + "\n")
+
+
+def mistaken(answer: str, draw: random.Random) -> str:
+    """``answer`` with another digit in one place, for learning from pairs."""
+    place = draw.randrange(DIGITS)
+    digit = draw.choice([digit for digit in "0123456789" if digit != answer[place]])
+    return answer[:place] + digit + answer[place + 1 :]
 
 
 def write_model(folder: Path) -> int:

@@ -193,8 +193,9 @@ def test_a_distribution_is_complete(folder: Path) -> None:
 @pytest.mark.parametrize("folder", PLUGINS, ids=names(PLUGINS))
 def test_a_plugin_is_called_what_its_distribution_is(folder: Path) -> None:
     name = folder.name.removeprefix("miles-plugin-")
-    ((entry, target),) = project(folder)["entry-points"]["miles"].items()
-    assert entry == name and target.startswith(f"miles_plugin_{name}:")
+    entries = project(folder)["entry-points"]["miles"]
+    assert entries[name].startswith(f"miles_plugin_{name}:")
+    assert all(target.startswith(f"miles_plugin_{name}.{entry}:") for entry, target in entries.items() if entry != name)
 
 
 @pytest.mark.parametrize("folder", PLUGINS, ids=names(PLUGINS))

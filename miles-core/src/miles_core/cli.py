@@ -21,7 +21,7 @@ FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_ty
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
 
 
-MORE = {name: f"miles_core.edges.commands.{name}" for name in ("explain", "hooks", "new", "plugins")}
+MORE = {name: f"miles_core.edges.commands.{name}" for name in ("explain", "hooks", "new", "plan", "plugins")}
 
 
 class Command(click.Group):
@@ -73,28 +73,13 @@ def main() -> None:
 def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, ...], resume: bool) -> None:
     """Run the training described by FILES; later files win."""
     manifest = assemble(written(files, overrides))
-    context.find_root().obj = folder = _run_dir(manifest, files)
+    context.find_root().obj = folder = run_dir(manifest, files)
+    manifest = manifest.at(folder)
     import asyncio
 
     from .loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
 
     asyncio.run(train(manifest, folder, resume))
-
-
-@main.command()
-@FILES
-@SET
-def plan(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
-    """Check everything that FILES ask for, say what a run would take, start nothing."""
-    manifest = assemble(written(files, overrides))
-    registry = manifest.registry("driver")
-    click.echo(f"run folder   {_run_dir(manifest, files)}")
-    click.echo("plugins      " + ", ".join(f"{name} ({of})" for name, of in manifest.versions.items()))
-    click.echo("\nwho answers each slot")
-    for hook, owner in registry.owner.items():
-        click.echo(f"  {hook.removeprefix('miles_'):<12} {owner}")
-    for what, text in registry.explain().items():
-        click.echo(f"\n{what}\n  " + text.replace("\n", "\n  "))
 
 
 def written(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Source:
@@ -104,7 +89,7 @@ def written(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Source:
     return Source(files, overrides)
 
 
-def _run_dir(manifest: Manifest, files: tuple[Path, ...]) -> Path:
+def run_dir(manifest: Manifest, files: tuple[Path, ...]) -> Path:
     """``run_dir``, or runs/NAME for NAME.toml, or for NAME/run.toml."""
     run = RunConfig.model_validate_json(manifest.run)
     name = files[0].stem if files[0].stem != "run" else files[0].absolute().parent.name

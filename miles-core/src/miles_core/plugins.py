@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
@@ -37,6 +37,7 @@ BUILTIN = {
     "shm": "miles_core.edges.transport:SharedMemory",
     "data": "miles_core.edges.data:Data",
     "reward": "miles_core.edges.reward:Reward",
+    "correction": "miles_core.edges.correction:Correction",
     "tracking": "miles_core.edges.tracking:Tracking",
     "store": "miles_core.edges.store:Folder",
     "core": "miles_core.edges.default:Default",
@@ -278,6 +279,11 @@ class Manifest:
             cls = found.load()
             plugins[found.name] = cls(cls.Config.model_validate_json(config), run)
         return Registry(place, plugins, run)
+
+    def at(self, folder: Path) -> Manifest:
+        """The same run, its folder known to every plugin."""
+        run = RunConfig.model_validate_json(self.run).model_copy(update={"run_dir": folder.absolute()})
+        return replace(self, run=run.model_dump_json())
 
     @property
     def tables(self) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Batch:
     counts: dict[Per, int]  # over every micro-batch of every rank in this update: the denominators of every loss
     columns: dict[str, Tensor] = field(default_factory=dict)  # [T] float32, from miles_columns and miles_advantage
     weight: Tensor | None = None  # [T] float32: factor of each token's policy-gradient term; None is 1 everywhere
+    weighed_by: Tensor | None = None  # the weight that ``weighed`` has applied
     host: Any = None  # the same rows in numpy, for who would wait for a GPU to read them; None where there are none
 
     def by_seq(self, x: Tensor) -> Tensor:
@@ -84,6 +85,7 @@ class Batch:
 
     def weighed(self, x: Tensor) -> Tensor:
         """[T], terms of a policy gradient under the run's off-policy correction; as they are where it has none."""
+        self.weighed_by = self.weight
         return x if self.weight is None else x * self.weight
 
     @property

@@ -233,13 +233,12 @@ class Loop:
         metrics: dict[str, float]
         if self.run.placement.engines:
             metrics = self.hooks.metrics(step=step, groups=groups, evaluating=True)
+            self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         else:
             self.score(groups)
             packed = await self.fleet.share(self.updates(groups, 1), self.run.batch.micro_tokens)
             metrics = {f"eval/{name}": value for name, value in (await self.fleet.evaluate(packed)).items()}
-        metrics["time/eval"] = time.perf_counter() - began
-        self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
-        return metrics
+        return metrics | {"time/eval": time.perf_counter() - began}
 
     async def save(self, metrics: dict[str, float]) -> Path:
         """Write a checkpoint that does not count yet."""

@@ -87,9 +87,6 @@ class Fleet:
     async def push(self, version: int, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
         the training they were asked for before, and can be asked for more when ``sent`` is called."""
-        if not self.engines:
-            sent()
-            return {}
         await everyone(self.engines, "begin_update")
         try:
             answers = await everyone(self.ranks, "push", verify)

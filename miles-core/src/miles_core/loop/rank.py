@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..edges.protocols import Model, Transport, Worker
 from ..plugins import Manifest
-from ..types import Batch, Column, Layout, Mean, Output, Per, Role, Weight
+from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
 from .batch import Packed
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
@@ -53,8 +53,9 @@ class TrainingRank:
         return self._layout
 
     def connect(self, engines: list[Worker]) -> str:
-        self._transport: Transport = self._hooks.transport()
-        self._transport.connect(engines, self._layout)
+        self._transport: Transport | None = self._hooks.transport() if engines else None
+        if self._transport:
+            self._transport.connect(engines, self._layout)
         return self._models["policy"].memory()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -171,6 +172,8 @@ class TrainingRank:
             batch.weight = torch.stack([w.factor for w in weights.values()]).prod(0) if weights else None
         self._complete(batch)
         answer = self._hooks.loss(role=name, batch=batch, output=output)
+        if name == "policy" and batch.weight is not batch.weighed_by:
+            raise Refused("the algorithm's loss ignores batch.weighed; remove what gives its tokens weights")
         terms: dict[str, Mean] = self._hooks.penalty(role=name, batch=batch, output=output)
         total: torch.Tensor = answer.sum / batch.counts[answer.per]
         total = total + sum(term.sum / batch.counts[term.per] for term in terms.values())
@@ -198,6 +201,8 @@ class TrainingRank:
     # -- weights and checkpoints ---------------------------------------------------------------------------------
     def push(self, verify: bool) -> dict[str, float]:
         """Send the policy's weights to every engine."""
+        if not self._transport:
+            return {}
         with torch.no_grad():
             return self._transport.send(self._hooks.export(role="policy", model=self._models["policy"]), verify)
 

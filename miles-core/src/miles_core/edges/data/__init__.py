@@ -16,6 +16,7 @@ from ...types import Refused, Sample
 if TYPE_CHECKING:
     from ...types import Complain, Group
     from ..protocols import Engine
+    from .given import Given
     from .rollout import SingleTurn
     from .rows import Rows
 
@@ -30,6 +31,7 @@ class Data(Plugin):
         prompt: str = "prompt"  # the column: text, or a list of chat messages for the tokenizer's template
         chat_template: bool = False  # put text into the template too, as one message of the user
         system: str | None = None  # a system message before every prompt that has none of its own
+        responses: list[str] = []  # columns that hold responses to train on: one a sample of a group, none is sampled
         shuffle: bool = True  # every epoch in an order of its own, given by the run's seed
 
         @field_validator("held_out")
@@ -41,6 +43,7 @@ class Data(Plugin):
 
     config: Config
     _single_turn: SingleTurn
+    _given: Given
 
     def __init__(self, config: Config, run: RunConfig) -> None:
         super().__init__(config, run)
@@ -92,10 +95,16 @@ class Data(Plugin):
 
     @hookimpl
     def miles_rollout_start(self) -> None:
+        from .given import Given
         from .rollout import SingleTurn
 
-        self._single_turn = SingleTurn(self.run)
+        if self.config.responses:
+            self._given = Given(self.run, self.config.responses)
+        if self.run.placement.engines:
+            self._single_turn = SingleTurn(self.run)
 
     @hookimpl
     async def miles_rollout(self, group: Group, engine: Engine, evaluating: bool) -> Group:
+        if self.config.responses and not (evaluating and self.run.placement.engines):
+            return self._given.fill(group)
         return await self._single_turn.roll(group, engine, evaluating)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...types import Refused
 from . import NO_PROMPTS
+from .given import answers
 from .length import Ruler, TemplateRefused, find_template
 from .order import held_out_count
 from .prompt import PromptError, prompt_of
@@ -38,6 +39,7 @@ def check(config: Data.Config, run: RunConfig, wanted: dict[str, str], complain:
         complain("data.system", "is a chat message, and needs data.chat_template = true")
     if run.eval.every and not config.eval and not config.held_out:
         complain("eval.every", "there is no held-out split; set data.eval or data.held_out")
+    _check_responses(config, run, complain)
     template = find_template(run.model.path) if run.model.path.is_dir() else ""  # no folder at all is another's fault
     if config.chat_template and template is None:
         complain("data.chat_template", f"{run.model.path} has no chat template; add chat_template.jinja to it")
@@ -53,7 +55,8 @@ def check(config: Data.Config, run: RunConfig, wanted: dict[str, str], complain:
         if not len(rows):
             complain(key, f"{path}: the file has no rows")
             continue
-        for n, message in enumerate(_faults(rows, config, run, wanted, context, template)):
+        given = config.responses if key == "data.train" or not run.placement.engines else []
+        for n, message in enumerate(_faults(rows, config, run, wanted, context, template, given)):
             if n == MOST:
                 complain(key, f"{path}: and more like these")
                 break
@@ -62,10 +65,30 @@ def check(config: Data.Config, run: RunConfig, wanted: dict[str, str], complain:
             complain("data.held_out", f"holds out {held} of {len(rows)} rows, which leaves none to train on")
 
 
+def _check_responses(config: Data.Config, run: RunConfig, complain: Complain) -> None:
+    """What cannot be, where the data holds the responses and where it does not."""
+    sides = len(config.responses)
+    if not sides:
+        if not run.placement.engines:
+            complain("placement.engines", "is 0, so nothing can be sampled; say 1 or more, or name data.responses")
+        return
+    if run.batch.group_size != sides:
+        complain("batch.group_size", f"is {run.batch.group_size}, data.responses gives {sides} a prompt; say {sides}")
+    if run.batch.old_logprobs != "recomputed":
+        message = f'no engine drew the responses of data.responses; say "recomputed", not {run.batch.old_logprobs!r}'
+        complain("batch.old_logprobs", message)
+
+
 def _faults(
-    rows: Rows, config: Data.Config, run: RunConfig, wanted: dict[str, str], context: int | None, template: str | None
+    rows: Rows,
+    config: Data.Config,
+    run: RunConfig,
+    wanted: dict[str, str],
+    context: int | None,
+    template: str | None,
+    given: list[str],
 ) -> Iterator[str]:
-    ruler = Ruler(run.model.path, context - run.rollout.max_tokens) if context else None
+    ruler = Ruler(run.model.path, context - (0 if given else run.rollout.max_tokens)) if context else None
     for i, row in enumerate(rows.scan()):
         if isinstance(row, Refused):
             yield str(row)
@@ -75,12 +98,15 @@ def _faults(
             continue
         try:
             prompt = prompt_of(row, config)
-            length = ruler.excess(prompt) if ruler else None
+            texts = answers(row, given, prompt)
+            length = ruler.excess(prompt, max(texts, key=len, default="")) if ruler else None
         except (PromptError, TemplateRefused) as error:
             why = f"the chat template refuses it: {error}" if isinstance(error, TemplateRefused) else error
             yield f"{rows.where(i)}: {why}"
             continue
-        if length:
+        if length and given:
+            yield f"{rows.where(i)}: prompt and response of {length} tokens exceed the model's context of {context}"
+        elif length:
             yield (
                 f"{rows.where(i)}: a prompt of {length} tokens and rollout.max_tokens = {run.rollout.max_tokens} "
                 f"exceed the model's context of {context}"

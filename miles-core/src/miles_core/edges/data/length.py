@@ -39,10 +39,11 @@ class Ruler:
         self._tokenizer: Any = None
         self._template: Any = None
 
-    def excess(self, prompt: str | list[Message]) -> int | None:
-        """The prompt's tokens where they are more than the room, else None. Raises TemplateRefused."""
+    def excess(self, prompt: str | list[Message], response: str = "") -> int | None:
+        """Tokens of prompt and response where they are more than the room, else None. Raises TemplateRefused."""
         chat = not isinstance(prompt, str)
         text = prompt if isinstance(prompt, str) else self._render(prompt)
+        text = text and text + response
         # No token stands for less than a byte, so most prompts need no tokenizer to be seen to fit.
         if text is None or len(text.encode(errors="replace")) + SPECIAL <= self._room:
             return None

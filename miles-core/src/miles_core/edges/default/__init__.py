@@ -24,6 +24,12 @@ class Default(Plugin):
             fit = [n for n in range(1, batch.groups + 1) if batch.groups % n == 0]
             near = min(fit, key=lambda n: abs(n - batch.updates))
             complain("batch.updates", f"{batch.groups} groups do not divide into {batch.updates} updates; say {near}")
+        ahead = batch.updates * batch.epochs
+        if (age := ahead * (1 + self.run.max_staleness) - 1) > batch.max_age:
+            message = (
+                f"the last of {batch.epochs} x {batch.updates} updates learns from tokens drawn {age} updates ago; "
+            )
+            complain("batch.epochs", message + f"batch.max_age allows {batch.max_age}: lower one or raise the other")
         if self.run.optim.min_lr > self.run.optim.lr:
             complain("optim.min_lr", f"is above optim.lr = {self.run.optim.lr}")
         if self.run.optim.schedule == "constant" and self.run.optim.min_lr:
@@ -58,19 +64,26 @@ def rollouts(groups: list[Group], step: int) -> dict[str, float]:
     """
     samples = [sample for group in groups for sample in group.samples]
     stale = [step - 1 - min(set(sample.versions) - {-1}, default=step - 1) for sample in samples]
-    rewards = [sample.reward for sample in samples]
-    mean = fmean(rewards)
     lengths = [sum(sample.mask) for sample in samples]
-    return {
-        "reward/mean": mean,
-        "reward/std": math.sqrt(fmean((reward - mean) ** 2 for reward in rewards)),
-        "reward/equal_groups": sum(len(set(group.rewards)) == 1 for group in groups) / len(groups),
-        **{f"reward/{name}": fmean(sample.rewards[name] for sample in samples) for name in samples[0].rewards},
+    found = {
         "rollout/tokens": float(sum(lengths)),
         "rollout/length": fmean(lengths),
         "staleness/max": float(max(stale)),
         "staleness/mean": fmean(stale),
         "rollout/truncated": sum(sample.finish == "length" for sample in samples) / len(samples),
+    }
+    return found | (rewards(groups, samples) if samples[0].rewards else {})
+
+
+def rewards(groups: list[Group], samples: list[Sample]) -> dict[str, float]:
+    """Of all samples, and by the rewards' names."""
+    found = [sample.reward for sample in samples]
+    mean = fmean(found)
+    return {
+        "reward/mean": mean,
+        "reward/std": math.sqrt(fmean((reward - mean) ** 2 for reward in found)),
+        "reward/equal_groups": sum(len(set(group.rewards)) == 1 for group in groups) / len(groups),
+        **{f"reward/{name}": fmean(sample.rewards[name] for sample in samples) for name in samples[0].rewards},
     }
 
 

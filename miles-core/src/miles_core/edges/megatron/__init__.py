@@ -81,15 +81,24 @@ class Megatron(Plugin):
         args = arguments.parse(settings, self.run.placement.trainers)
         with device.running():
             build.initialize(args)
-            module = build.module(args, architecture, role.head)
-            load_weights(module, folder, role.head)
-            if not role.trained:
-                module.requires_grad_(False)
-            if device.has_gpu():
-                memory.check(name, memory.need(args, module, role.trained))
-            trained = build.trained(args, module) if role.trained else None
-            built: Model = model.MegatronModel(name, args, folder, module, trained, shared)
-            return built
+
+        def made() -> Model:
+            with device.running():
+                module = build.module(args, architecture, role.head)
+                load_weights(module, folder, role.head)
+                if not role.trained:
+                    module.requires_grad_(False)
+                if device.has_gpu():
+                    memory.check(name, memory.need(args, module, role.trained))
+                trained = build.trained(args, module) if role.trained else None
+                built: Model = model.MegatronModel(name, args, folder, module, trained, shared)
+                return built
+
+        if not role.cache or role.trained:
+            return made()
+        cached = device.import_megatron(f"{__name__}.cached")
+        kept: Model = cached.CachedModel(name, Path(role.cache), cached.digest(folder, args), made)
+        return kept
 
     @hookimpl
     def miles_forward(self, role: str, module: nn.Module, batch: Batch) -> Output:

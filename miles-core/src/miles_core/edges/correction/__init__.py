@@ -1,0 +1,40 @@
+"""Off-policy correction: the engine that drew a token and the trainer that learns from it give it different odds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ...hookspecs import hookimpl
+from ...plugins import Plugin
+
+if TYPE_CHECKING:
+    from ...types import Batch, Complain, Weight
+
+
+class Correction(Plugin):
+    """In use where ``batch.old_logprobs`` is "both"."""
+
+    class Config(Plugin.Config):
+        """See ``weights``."""
+
+        level: Literal["token", "sequence", "geometric"] = "token"  # what has one weight; of a sequence product or mean
+        outside: Literal["truncate", "mask"] = "truncate"  # what happens to a weight beyond its bounds
+        upper: float = Field(2.0, gt=0)
+        lower: float = Field(0.0, ge=0)
+
+    config: Config
+
+    @hookimpl
+    def miles_check(self, complain: Complain) -> None:
+        if self.config.lower > self.config.upper:
+            complain("correction.lower", f"{self.config.lower} is above correction.upper = {self.config.upper}")
+        if self.run.batch.old_logprobs != "both" and self.config != self.Config():
+            complain("correction", 'has no effect without batch.old_logprobs = "both"; say that, or remove it')
+
+    @hookimpl
+    def miles_token_weight(self, batch: Batch) -> dict[str, Weight]:
+        from .weights import importance
+
+        return {"correction": importance(batch, self.config)} if self.run.batch.old_logprobs == "both" else {}
