@@ -27,6 +27,7 @@ PUBLIC = {
     "miles_core.config",
     "miles_core.edges.protocols",
     "miles_core.formulas",
+    "miles_core.formulas.terms",
     "miles_core.testing",
     "miles_core.types",
 }  # what a plugin may import

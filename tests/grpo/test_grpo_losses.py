@@ -152,7 +152,7 @@ def test_gspo_s_gradient_is_the_paper_s(case):
 
 def test_k2_has_the_gradient_of_the_divergence_and_k1_none():
     """Exactly, by summing over a vocabulary instead of sampling from it, under the policy's own probabilities."""
-    from miles_core.formulas import divergence
+    from miles_core.formulas.terms import divergence
 
     logits, ref = torch.randn(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits.requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from miles_core import Plugin, hookimpl
-from miles_core.formulas import Aggregate, reduce
+from miles_core.formulas import Aggregate
 from miles_core.types import Loss, Mean
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class SFT(Plugin):
     class Config(Plugin.Config):
-        aggregate: Aggregate = "token"  # what the loss is a mean over: see miles_core.formulas.reduce
+        aggregate: Aggregate = "token"  # what the loss is a mean over: see miles_core.formulas.terms.reduce
 
     config: Config
 
@@ -27,6 +27,8 @@ class SFT(Plugin):
     @hookimpl
     def miles_loss(self, role: str, batch: Batch, output: Output) -> Loss:
         """``-log p`` of the tokens after the prompt."""
+        from miles_core.formulas.terms import reduce
+
         assert output.logprobs is not None
         total = reduce(-output.logprobs, batch, self.config.aggregate, self.run.rollout.max_tokens)
         metrics = {} if output.entropy is None else {"entropy": Mean((output.entropy * batch.mask).sum().detach())}

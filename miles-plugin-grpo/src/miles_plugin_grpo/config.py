@@ -44,7 +44,7 @@ class Config(Plugin.Config):
         [1 - clip_low, 1 + clip_high] whatever the loss. ``dual_clip`` bounds the loss of a bad sample; off when
         left out.
     aggregate
-        Over what the loss is a mean: see ``miles_core.formulas.reduce``.
+        Over what the loss is a mean: see ``miles_core.formulas.terms.reduce``.
     dynamic_sampling, dynamic_sampling_reward
         Replace groups whose samples all have the same reward by other prompts (DAPO, eq. 11). The reward is the sum of
         all, or the one named: with length shaping in the sum, a group of wrong answers seldom has equal sums.

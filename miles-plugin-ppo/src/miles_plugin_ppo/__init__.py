@@ -112,7 +112,7 @@ class PPO(Plugin):
 
     @hookimpl
     def miles_penalty(self, role: str, batch: Batch, output: Output) -> dict[str, Mean]:
-        from miles_core.formulas import divergence, reduce
+        from miles_core.formulas.terms import divergence, reduce
 
         terms: dict[str, Mean] = {}
         if role != "policy":

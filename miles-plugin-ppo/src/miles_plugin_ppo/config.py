@@ -26,7 +26,7 @@ class Config(Plugin.Config):
         (verl) or "biased", over n (OpenRLHF); ``whiten_eps`` is added to it.
     clip_low, clip_high, dual_clip
         The ratio is kept in [1 - clip_low, 1 + clip_high]. ``dual_clip`` bounds the loss of a bad token, see
-        ``miles_core.formulas.pessimistic``; off when left out, as in every implementation but verl, which has 3.0.
+        ``miles_core.formulas.terms.pessimistic``; off when left out, as everywhere but in verl, which has 3.0.
     value_clip, value_coef
         The value moves at most so far from the old one before its loss stops to fall; off when left out. The squared
         error is multiplied by ``value_coef``: 0.5 as in verl and OpenRLHF, 1.0 as in slime.
@@ -34,7 +34,7 @@ class Config(Plugin.Config):
         The divergence from the model the run started from, taken off each token's reward or added to the loss. With
         ``kl_target`` its weight is a controller's: see ``controller``; the weight ``kl`` is where it starts.
     aggregate, entropy
-        What the policy's loss is a mean over, see ``miles_core.formulas.reduce``; the weight of an entropy bonus.
+        What the policy's loss is a mean over, see ``miles_core.formulas.terms.reduce``; the weight of an entropy bonus.
     """
 
     critic: Location | None = None

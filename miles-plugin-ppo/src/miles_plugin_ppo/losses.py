@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from miles_core.formulas import bounded, divergence, pessimistic, reduce
+from miles_core.formulas.terms import bounded, divergence, pessimistic, reduce
 from miles_core.types import Loss, Mean
 from torch import Tensor
 

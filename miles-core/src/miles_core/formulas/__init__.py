@@ -1,10 +1,9 @@
 """Formulas that algorithms share, for authors of plugins: plain functions of tensors, nothing of the loop.
 
-Per-token tensors are [T] float32 and count on ``batch.mask`` only. ``bounded`` and all that use it are exact to the
-float for policies that are not lost already.
+The names of their choices stand here, for tables of keys; the functions are in ``terms``, which imports torch.
 """
 
-from .divergence import Estimator, divergence
-from .surrogate import Aggregate, bounded, pessimistic, reduce
+from typing import Literal
 
-__all__ = ["Aggregate", "Estimator", "bounded", "divergence", "pessimistic", "reduce"]
+Aggregate = Literal["token", "sequence", "constant"]  # see terms.reduce
+Estimator = Literal["k1", "k2", "k3"]  # see terms.divergence

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...formulas import bounded
+from ...formulas.terms import bounded
 from ...types import Mean, Weight
 
 if TYPE_CHECKING:

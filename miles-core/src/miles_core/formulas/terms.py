@@ -1,11 +1,12 @@
-"""The clipped surrogate of policy gradients, and what a loss is a mean over.
+"""Terms of losses: the clipped surrogate of policy gradients, divergences, and what a loss is a mean over.
 
-Below, r = p(token) / p_old(token) under the policy now and before the step's first update, and A is the advantage.
+Per-token tensors are [T] float32 and count on ``batch.mask`` only. Below, r = p(token) / p_old(token) under the policy
+now and before the step's first update, and A is the advantage.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from ..types import Mean
 
 if TYPE_CHECKING:
     from ..types import Batch
-
-Aggregate = Literal["token", "sequence", "constant"]
+    from . import Aggregate, Estimator
 
 # Logarithms of ratios are kept within this, as exp(88) overflows float32 and infinity times a zero gradient is NaN.
 # Beyond it the gradient is 0; only a policy that is lost already gets there.
@@ -52,3 +52,18 @@ def reduce(x: Tensor, batch: Batch, aggregate: Aggregate, max_tokens: int) -> Me
     if aggregate == "sequence":
         return Mean((batch.by_seq(x) / batch.lengths.clamp(min=1)).sum(), "sample")
     return Mean((x * batch.mask).sum() / max_tokens, "sample")
+
+
+def divergence(logprobs: Tensor, ref: Tensor, estimator: Estimator) -> Tensor:
+    """[T], estimates of KL(policy || ref) from tokens that the policy drew, with ``x = log p - log p_ref``:
+
+    ``k1 = x``, ``k2 = x^2 / 2``, ``k3 = exp(-x) - 1 + x`` (Schulman 2020, "Approximating KL Divergence"; k3 is eq. 4 of
+    arXiv:2402.03300). As a loss on the policy's own samples, k2 has the gradient of the divergence, k3 approximates it
+    near the reference, and that of k1 is zero on average: k1 is for rewards, and for comparison.
+
+    By hand, with x = log 2: k1 = 0.6931, k2 = 0.2402, k3 = 0.5 - 1 + 0.6931 = 0.1931.
+    """
+    x = bounded(logprobs - ref)
+    if estimator == "k1":
+        return x
+    return x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x
