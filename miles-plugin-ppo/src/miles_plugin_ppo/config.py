@@ -28,7 +28,7 @@ class Config(Plugin.Config):
         The ratio is kept in [1 - clip_low, 1 + clip_high]. ``dual_clip`` bounds the loss of a bad token, see
         ``miles_core.formulas.terms.pessimistic``; off when left out, as everywhere but in verl, which has 3.0.
     value_clip, value_coef
-        The value moves at most so far from the old one before its loss stops to fall; off when left out. The squared
+        The value moves at most so far from the old one before its loss stops to fall; 0 turns that off. The squared
         error is multiplied by ``value_coef``: 0.5 as in verl and OpenRLHF, 1.0 as in slime.
     kl, kl_in, kl_estimator, kl_target, kl_horizon
         The divergence from the model the run started from, taken off each token's reward or added to the loss. With
@@ -49,7 +49,7 @@ class Config(Plugin.Config):
     clip_low: float = Field(0.2, gt=0, le=1)
     clip_high: float = Field(0.2, gt=0)
     dual_clip: float | None = Field(None, gt=1)
-    value_clip: float | None = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, ge=0)
     value_coef: float = Field(0.5, gt=0)
     kl: float = Field(0.0, ge=0)
     kl_in: Literal["reward", "loss"] = "reward"

@@ -63,7 +63,7 @@ def value_loss(batch: Batch, output: Output, config: Config) -> Loss:
     values, old, returns = output.values, batch.columns["values"], batch.columns["returns"]
     assert values is not None  # the critic's head says so
     error = (values - returns).square()
-    if config.value_clip is None:
+    if not config.value_clip:
         worst = error
     else:
         moved = old + (values - old).clamp(-config.value_clip, config.value_clip)

@@ -1,0 +1,40 @@
+"""The kit's checks on every way in which the algorithms put their parts together."""
+
+from miles_core.testing import AlgorithmChecks
+from miles_plugin_dpo import DPO
+from miles_plugin_dpo.sft import SFT
+
+PAIRS = {"data.responses": ["answer", "wrong"], "batch.group_size": 2, "placement.engines": 0}
+
+
+class TestGivenPairs(AlgorithmChecks):
+    plugin = DPO
+    settings = PAIRS
+
+
+class TestPairsOfAttempts(AlgorithmChecks):
+    plugin = DPO
+    keys = {"pairs": 2, "sft": 0.1}
+
+
+class TestWithoutReference(AlgorithmChecks):
+    plugin = DPO
+    keys = {"loss": "simpo", "beta": 2.0}
+    settings = PAIRS
+
+
+class TestSquared(AlgorithmChecks):
+    plugin = DPO
+    keys = {"loss": "ipo", "ipo_length": "average"}
+    settings = PAIRS
+
+
+class TestDemonstrations(AlgorithmChecks):
+    plugin = SFT
+    settings = {"data.responses": ["answer"], "batch.group_size": 1}
+
+
+class TestDemonstrationsWithoutAnEngine(AlgorithmChecks):
+    plugin = SFT
+    keys = {"aggregate": "sequence"}
+    settings = {"data.responses": ["answer"], "batch.group_size": 1, "placement.engines": 0}

@@ -1,0 +1,33 @@
+"""The kit's checks on every way in which the algorithm puts its parts together."""
+
+from miles_core.testing import AlgorithmChecks
+from miles_plugin_grpo import GRPO
+
+
+class TestDefaults(AlgorithmChecks):
+    plugin = GRPO
+
+
+class TestConstantAggregate(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "dr_grpo", "kl": 0.02, "entropy": 0.01}
+
+
+class TestDapo(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "dapo", "dual_clip": 3.0, "dynamic_sampling": False}
+
+
+class TestGspo(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "gspo"}
+
+
+class TestCispo(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "cispo", "kl": 0.02, "kl_estimator": "k2"}
+
+
+class TestWhitened(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "reinforce_pp_baseline"}
