@@ -6,6 +6,7 @@ environment is filled by uv with ``constraints.txt``, from one cache: torch is d
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from packaging.version import Version
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"  # `uv pip install` brings an old one up to date in a second
-nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "slow"]
+nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "slow"]
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("miles-*/pyproject.toml"))
@@ -150,6 +151,29 @@ def build(session: nox.Session, package: str) -> None:
     session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *wheels)
     with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
         session.run(f"{fresh}/bin/miles", "plugins", external=True)
+
+
+@nox.session
+def third_party(session: nox.Session) -> None:
+    """A stranger's package, from its wheel and beside core's wheel alone: its own tests, then its training."""
+    tmp, package = Path(session.create_tmp()).resolve(), ROOT / "examples/third_party/miles-plugin-kto"
+    shutil.rmtree(tmp / "dist", ignore_errors=True)
+    for folder in ("miles-core", str(package)):
+        session.run("uv", "build", folder, "--wheel", "--python", sys.executable, "--out-dir", str(tmp / "dist"),
+                    "--quiet", "--build-constraints", "constraints.txt")  # fmt: skip
+    fresh = [f"--reinstall-package={name}" for name in ("miles-core", package.name)]
+    prepare(
+        session, *fresh, *(f"{wheel}[test]" if "kto" in wheel.name else str(wheel) for wheel in tmp.glob("dist/*.whl"))
+    )
+    with session.chdir(tmp):
+        session.run("pytest", str(package / "tests"), "-p", "no:cacheprovider")
+        session.run("python", "-m", "miles_core.testing.reverse", "data")
+        shutil.copy(package / "run.toml", tmp)
+        shutil.rmtree(tmp / "runs", ignore_errors=True)
+        session.run("miles", "run", "run.toml", "--set", "run_dir=runs/kto")
+    last = json.loads((tmp / "runs/kto/metrics.jsonl").read_text().splitlines()[-1])
+    if last["eval/accuracy"] < 0.5:
+        session.error(f"it has not learned: held-out accuracy {last['eval/accuracy']:.2f}")
 
 
 @nox.session

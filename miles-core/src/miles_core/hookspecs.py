@@ -127,7 +127,7 @@ class Hooks:
     def miles_normalize(self, batches: list[Batch], total: Callable[[Tensor], Tensor]) -> None:
         """Every micro-batch of this rank's step has its advantage, to be changed in place by what all of them say.
 
-        ``total`` adds a tensor up over the data-parallel ranks, a collective. Called before the policy's updates."""
+        ``total`` adds a tensor up over the data-parallel ranks, a collective. Called before the policy's losses."""
 
     @hook("merge", "trainer")
     def miles_token_weight(self, batch: Batch) -> dict[str, Weight]:

@@ -83,6 +83,7 @@ class TrainingRank:
         batches, meter = self._batches(updates, None), Meter(1)
         self._prepare(batches, [], ["policy"])
         if self._layout.last_stage:
+            self._hooks.normalize(batches=batches[0], total=self._models["policy"].total)
             for batch in batches[0]:
                 self._loss("policy", batch, Output(logprobs=batch.old_logprobs), meter)
         return meter.read() if self._layout.reports else {}

@@ -106,6 +106,7 @@ class AlgorithmChecks:
         case, hooks = self.case(1), self.build("trainer")
         batch, ids = case.batch([])
         batch.columns |= hooks.advantage(batch=batch)
+        hooks.normalize(batches=[batch], total=lambda tensor: tensor)
         for role, of in case.roles.items():
             if of.trained:
                 loss, _ = case.loss(hooks, role, batch, ids)
