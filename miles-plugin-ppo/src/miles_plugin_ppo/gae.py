@@ -25,41 +25,43 @@ def gae(
     the policy wrote, ``seq`` the sequence of each, ascending. With ``skip`` other tokens are as if they were not there;
     else they discount, with value and reward 0.
     """
-    trained = mask.nonzero().squeeze(1)
-    at = trained if skip else torch.arange(len(mask), device=mask.device)
-    v, r = ((x * mask)[at].double() for x in (values, rewards))
-    after = torch.cat([seq[at][1:] == seq[at][:-1], mask.new_zeros(1)])[: len(at)]  # the same sequence goes on
-    following = torch.cat([v[1:], v.new_zeros(1)])[: len(at)] * after
-    advantages = discounted_sums(r + gamma * following - v, after, gamma * lam)
-    found = torch.zeros_like(values).index_copy(0, at, advantages.to(values.dtype))
-    return found * mask
+    if not len(seq):
+        return torch.zeros_like(values)
+    if skip:
+        taken = mask.nonzero().squeeze(1)
+        of, v, r = (x.index_select(0, taken) for x in (seq, values, rewards))
+    else:
+        of, v, r = seq, values * mask, rewards * mask
+    counts = torch.bincount(of, minlength=int(seq[-1]) + 1)
+    chunks = counts // CHUNK + 1  # a place is left after each sequence, where V = 0
+    place, size = _places(of, counts, chunks)
+    v, r = (x.new_zeros(size).index_copy_(0, place, x) for x in (v, r))
+    delta = r.sub_(v)
+    delta[:-1].add_(v[1:], alpha=gamma)
+    delta[CHUNK * chunks.cumsum(0) - 1] = 0.0  # the last place of a sequence has seen the next one
+    found = _sums(delta.view(-1, CHUNK), chunks, gamma * lam).view(-1).index_select(0, place)
+    return torch.zeros_like(values).index_copy_(0, taken, found) if skip else found * mask
 
 
-def discounted_sums(x: Tensor, after: Tensor, decay: float) -> Tensor:
-    """``y_t = x_t + decay y_{t+1}`` within each stretch of [N] float64; ``after`` [N] bool says that t + 1 belongs to
-    it.
-
-    The sums run through all stretches first; what came from beyond its end is then taken off each.
-    """
-    if not len(x):
-        return x
-    through = _scan(x, decay)
-    place = torch.arange(len(x), device=x.device)
-    ends = (~after).nonzero().squeeze(1)
-    end = ends[torch.searchsorted(ends, place)]
-    beyond = torch.cat([through, through.new_zeros(1)])[end + 1]
-    return through - decay ** (end + 1 - place).double() * beyond
+def _places(of: Tensor, counts: Tensor, chunks: Tensor) -> tuple[Tensor, int]:
+    """Where each of a row of stretches lies once every stretch begins a chunk; ``of`` says which one it belongs to."""
+    shift = CHUNK * (chunks.cumsum(0) - chunks) - (counts.cumsum(0) - counts)
+    return torch.arange(len(of), device=of.device).add_(shift.index_select(0, of)), CHUNK * int(chunks.sum())
 
 
-def _scan(x: Tensor, decay: float) -> Tensor:
-    """``y_t = x_t + decay y_{t+1}`` over all of ``x``: within chunks by one matrix product, then over their heads."""
-    chunks = -(-len(x) // CHUNK)
-    rows = torch.nn.functional.pad(x, (0, chunks * CHUNK - len(x))).view(chunks, CHUNK)
-    step = torch.arange(CHUNK, device=x.device)
-    gap = step[:, None] - step  # powers[j, i] is what x_j counts for y_i
-    powers = torch.where(gap >= 0, decay ** gap.clamp(min=0).double(), 0.0)
-    local = rows @ powers
-    if chunks > 1:
-        heads = _scan(local[:, 0].contiguous(), decay**CHUNK)  # y at the head of each chunk
-        local[:-1] += heads[1:, None] * decay ** (CHUNK - step).double()
-    return local.view(-1)[: len(x)]
+def _sums(rows: Tensor, chunks: Tensor, decay: float) -> Tensor:
+    """``y_t = x_t + decay y_{t+1}`` within each stretch, x being ``rows`` [C, CHUNK], of which stretch s has
+    ``chunks[s]``: within chunks by one matrix product, then, the same way, over their heads."""
+    step = torch.arange(CHUNK, device=rows.device)
+    gap = (step[:, None] - step).to(rows.dtype)  # powers[j, i] is what x_j counts for y_i
+    local = rows @ torch.where(gap >= 0, decay ** gap.clamp(min=0), 0.0)
+    if int(chunks.max()) <= 1:
+        return local
+    of = torch.repeat_interleave(torch.arange(len(chunks), device=rows.device), chunks)
+    above = -(-chunks // CHUNK)
+    place, size = _places(of, chunks, above)
+    heads = rows.new_zeros(size).index_copy_(0, place, local[:, 0])
+    whole = _sums(heads.view(-1, CHUNK), above, decay**CHUNK).view(-1)[place]  # y at the head of each chunk
+    following = torch.cat([whole[1:], whole.new_zeros(1)])
+    following[chunks.cumsum(0) - 1] = 0.0
+    return local.addcmul_(following[:, None], (decay ** (CHUNK - step).to(rows.dtype))[None])

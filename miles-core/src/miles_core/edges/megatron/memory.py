@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import mpu
@@ -72,7 +72,10 @@ def check(name: str, wanted: Need) -> None:
 class Turns:
     """The trainer's end of a GPU shared with an engine. ``rest`` before the engine's turn, ``wake`` before its own."""
 
+    of_this_rank: ClassVar[list[Turns]] = []  # an engine's turn begins when all of them rest
+
     def __init__(self, trained: Trained, wanted: Need) -> None:
+        self.of_this_rank.append(self)
         self._trained = trained
         self.moves = wanted.optimizer > KEPT * torch.cuda.mem_get_info()[1]
         self._host: dict[tuple[int, str], Tensor] = {}  # pinned, kept from turn to turn

@@ -152,8 +152,8 @@ class MegatronModel:
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names; see ``weights.export_weights``."""
-        if self._turns:
-            self._turns.rest()
+        for turns in memory.Turns.of_this_rank:  # the critic's too
+            turns.rest()
         with device.running():
             yield from weights.export_weights(self.module, hf.read(self.folder), everywhere=self.shared)
 
