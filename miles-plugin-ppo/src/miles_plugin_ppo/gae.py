@@ -48,7 +48,7 @@ def discounted_sums(x: Tensor, after: Tensor, decay: float) -> Tensor:
     ends = (~after).nonzero().squeeze(1)
     end = ends[torch.searchsorted(ends, place)]
     beyond = torch.cat([through, through.new_zeros(1)])[end + 1]
-    return through - decay ** (end + 1 - place) * beyond
+    return through - decay ** (end + 1 - place).double() * beyond
 
 
 def _scan(x: Tensor, decay: float) -> Tensor:
