@@ -70,12 +70,11 @@ class TrainingRank:
         names = [name for name in self._trained if step >= self._roles[name].start]
         self._prepare(batches, names)
         meter = Meter(len(batches) * self._run.batch.epochs)
-        for epoch in range(self._run.batch.epochs):
-            for rows in batches:
-                for name in names:
-                    if name == "policy" and not epoch and rows is batches[0] and self._layout.last_stage:
-                        self._hooks.normalize(batches=sum(batches, []), total=self._models[name].total)
-                    self._update(step, name, rows, meter)
+        normalized = self._normalize(batches)
+        for rows in batches * self._run.batch.epochs:
+            for name in names:
+                self._update(step, name, rows, meter)
+                normalized = normalized or self._normalize(batches)
         return (meter.read() if self._layout.reports else {}) | {"time/train": time.perf_counter() - began}
 
     def evaluate(self, updates: list[list[Update]]) -> dict[str, float]:
@@ -145,6 +144,15 @@ class TrainingRank:
         """Columns computed from columns, as soon as all of those are there."""
         if not self._columns.keys() - batch.columns.keys() and "advantage" not in batch.columns:
             batch.columns |= self._hooks.advantage(batch=batch)
+
+    def _normalize(self, batches: list[list[Batch]]) -> bool:
+        """As soon as every micro-batch has its advantage; in each team that trains, and in each step, or what a plugin
+        remembers of it would differ."""
+        flat = sum(batches, [])
+        if not self._trained or not all("advantage" in batch.columns for batch in flat):  # never off the last stage
+            return False
+        self._hooks.normalize(batches=flat, total=self._models[self._trained[-1]].total)
+        return True
 
     def _through(self, name: str) -> Callable[[Any, Batch], Output]:
         return lambda module, batch: self._hooks.forward(role=name, module=module, batch=batch)
