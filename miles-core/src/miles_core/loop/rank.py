@@ -77,9 +77,9 @@ class TrainingRank:
                 normalized = normalized or self._normalize(batches)
         return (meter.read() if self._layout.reports else {}) | {"time/train": time.perf_counter() - began}
 
-    def evaluate(self, updates: list[list[Update]]) -> dict[str, float]:
+    def evaluate(self, updates: list[list[Update]], given: Given | None) -> dict[str, float]:
         """The policy's loss and its metrics on one update that nothing learns from; shares, like those of ``train``."""
-        batches, meter = self._batches(updates, None), Meter(1)
+        batches, meter = self._batches(updates, given), Meter(1)
         self._prepare(batches, [], ["policy"])
         if self._layout.last_stage:
             for batch in batches[0]:
@@ -217,6 +217,7 @@ class TrainingRank:
     def save(self, folder: str) -> None:
         for name in self._trained:
             self._models[name].save(Path(folder) / name)
+        self._state(folder).parent.mkdir(parents=True, exist_ok=True)  # nothing is saved of a frozen model
         self._state(folder).write_text(json.dumps(self._hooks.state()))
 
     def load(self, folder: str) -> None:
