@@ -163,7 +163,7 @@ class TrainingRank:
         model.run(batches, self._through(name), lambda batch, output: self._loss(name, batch, output, meter))
         metrics, skipped = model.step(lambda norm: self._veto(name, step, norm))
         meter.last |= {prefix + key: value for key, value in metrics.items()}
-        meter.add(prefix + "skipped_updates", float(skipped is not None) * meter.updates)
+        meter.add(prefix + "skipped_updates", float(skipped is not None) * meter.updates / self._layout.dp_size)
 
     def _loss(self, name: str, batch: Batch, output: Output, meter: Meter) -> torch.Tensor:
         """One micro-batch's share of the update's loss, its penalties and its metrics."""
