@@ -41,12 +41,13 @@ class Fleet:
 
     async def share(self, updates: list[list[Unit]], budget: int) -> Any:
         """A step's updates, packed for the data-parallel ranks, where every rank can read them."""
-        size = self.layouts[0].dp_size
-        payload = []
+        size, payload = self.layouts[0].dp_size, []
+        samples = [sample for units in updates for unit in units for sample in unit]
+        drawn = not samples or any(max(sample.versions, default=-1) >= 0 for sample in samples)
         for units in updates:
             counts = count(units)
             rows = distribute(units, size, budget)
-            payload.append([([pack(row, self.columns) for row in mine], counts) for mine in rows])
+            payload.append([([pack(row, self.columns, drawn) for row in mine], counts) for mine in rows])
         return await self.cluster.share(payload)
 
     async def train(self, step: int, payload: Any) -> dict[str, float]:

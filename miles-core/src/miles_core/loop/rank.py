@@ -146,8 +146,7 @@ class TrainingRank:
             batch.columns |= self._hooks.advantage(batch=batch)
 
     def _normalize(self, batches: list[list[Batch]]) -> bool:
-        """As soon as every micro-batch has its advantage; in each team that trains, and in each step, or what a plugin
-        remembers of it would differ."""
+        """As soon as all have advantages: on every team that trains, for plugins remember what they see of a step."""
         flat = sum(batches, [])
         if not self._trained or not all("advantage" in batch.columns for batch in flat):  # never off the last stage
             return False
