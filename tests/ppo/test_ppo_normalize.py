@@ -24,7 +24,7 @@ def dealt(ppo, case, shares):
         for mine, batches in zip(plugins, copies, strict=True):
             calls: list[torch.Tensor] = []
 
-            def total(tensor, calls=calls):
+            def total(tensor, calls=calls, said=said):
                 calls.append(tensor)
                 return said[len(calls) - 1] if len(calls) <= len(said) else tensor
 
