@@ -102,7 +102,7 @@ class DPO(Plugin):
 
 def is_given(group: Group) -> bool:
     """Whether the data holds the responses, so that no weights of this run wrote any."""
-    return all(version < 0 for version in group.samples[0].versions)
+    return all(version < 0 for sample in group.samples for version in sample.versions)
 
 
 def pairs_of(group: Group, most: int) -> list[tuple[Sample, Sample]]:

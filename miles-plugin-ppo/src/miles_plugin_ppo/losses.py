@@ -82,10 +82,10 @@ def token_rewards(batch: Batch, config: Config, beta: float) -> Tensor:
     """[T]: the sample's score on its last trained token, and on every one ``-beta`` times the divergence estimate
     where that is a part of the reward (arXiv:2203.02155, eq. 2, token by token)."""
     trained = batch.mask.nonzero().squeeze(1)
-    last = torch.zeros_like(batch.seq[: len(batch.score)]).index_copy(0, batch.seq[trained], trained)
-    has = batch.lengths > 0
+    of = batch.seq[trained]
+    last = torch.cat([of[1:] != of[:-1], batch.mask.new_ones(1)])[: len(of)]
     rewards = torch.zeros_like(batch.columns["values"])
-    rewards[last[has]] = batch.score.to(rewards.dtype)[has]
+    rewards[trained[last]] = batch.score.to(rewards.dtype)[of[last]]
     if config.kl and config.kl_in == "reward":
         rewards = rewards - beta * reference_divergence(batch, config)
     return rewards * batch.mask

@@ -87,14 +87,13 @@ def distribute(units: Sequence[Unit], ranks: int, budget: int) -> list[list[list
     return [mine + [[] for _ in range(max(most, 1) - len(mine))] for mine in rows]
 
 
-def pack(units: Sequence[Unit], columns: dict[str, Column]) -> Packed:
-    """One micro-batch. Only columns that a rollout records are filled here."""
+def pack(units: Sequence[Unit], columns: dict[str, Column], drawn: bool = True) -> Packed:
+    """One micro-batch, which an engine has ``drawn`` or not. Only columns that a rollout records are filled here."""
     samples = [sample for unit in units for sample in unit]
 
     def flat(lists: list[Any], dtype: Any) -> np.ndarray[Any, Any]:
         return np.array([x for xs in lists for x in xs], dtype=dtype)
 
-    drawn = not samples or any(version >= 0 for version in samples[0].versions)
     recorded = {name: column for name, column in columns.items() if column.role is None}
     return Packed(
         tokens=flat([s.tokens for s in samples], np.int64),

@@ -41,28 +41,34 @@ class Fleet:
 
     async def share(self, updates: list[list[Unit]], budget: int) -> Any:
         """A step's updates, packed for the data-parallel ranks, where every rank can read them."""
-        size = self.layouts[0].dp_size
-        payload = []
+        size, payload = self.layouts[0].dp_size, []
+        samples = [sample for units in updates for unit in units for sample in unit]
+        drawn = not samples or any(max(sample.versions, default=-1) >= 0 for sample in samples)
         for units in updates:
             counts = count(units)
             rows = distribute(units, size, budget)
-            payload.append([([pack(row, self.columns) for row in mine], counts) for mine in rows])
+            payload.append([([pack(row, self.columns, drawn) for row in mine], counts) for mine in rows])
         return await self.cluster.share(payload)
 
     async def train(self, step: int, payload: Any) -> dict[str, float]:
         """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
         if self.turns:
             await everyone(self.engines, "begin_update")
-        teams, given = [self.ranks, *self.apart], None
-        if self.apart:
-            answers = await asyncio.gather(*(everyone(team, "columns", payload) for team in teams))
-            given = await self.cluster.share(self._exchange(answers))
+        teams, given = [self.ranks, *self.apart], await self._given(payload)
         reports = await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
         return self._total(reports)
 
     async def evaluate(self, payload: Any) -> dict[str, float]:
         """The metrics of one update that nothing learns from."""
-        return self._total([await everyone(self.ranks, "evaluate", payload)])
+        return self._total([await everyone(self.ranks, "evaluate", payload, await self._given(payload))])
+
+    async def _given(self, payload: Any) -> Any:
+        """What each team's roles say of every micro-batch, for all of them; None where there is one team."""
+        if not self.apart:
+            return None
+        teams = [self.ranks, *self.apart]
+        answers = await asyncio.gather(*(everyone(team, "columns", payload) for team in teams))
+        return await self.cluster.share(self._exchange(answers))
 
     def _exchange(self, answers: list[list[list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
         """Every team's columns put together, by data-parallel rank and micro-batch."""

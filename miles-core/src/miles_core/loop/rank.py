@@ -70,17 +70,16 @@ class TrainingRank:
         names = [name for name in self._trained if step >= self._roles[name].start]
         self._prepare(batches, names)
         meter = Meter(len(batches) * self._run.batch.epochs)
-        for epoch in range(self._run.batch.epochs):
-            for rows in batches:
-                for name in names:
-                    if name == "policy" and not epoch and rows is batches[0] and self._layout.last_stage:
-                        self._hooks.normalize(batches=sum(batches, []), total=self._models[name].total)
-                    self._update(step, name, rows, meter)
+        normalized = self._normalize(batches)
+        for rows in batches * self._run.batch.epochs:
+            for name in names:
+                self._update(step, name, rows, meter)
+                normalized = normalized or self._normalize(batches)
         return (meter.read() if self._layout.reports else {}) | {"time/train": time.perf_counter() - began}
 
-    def evaluate(self, updates: list[list[Update]]) -> dict[str, float]:
+    def evaluate(self, updates: list[list[Update]], given: Given | None) -> dict[str, float]:
         """The policy's loss and its metrics on one update that nothing learns from; shares, like those of ``train``."""
-        batches, meter = self._batches(updates, None), Meter(1)
+        batches, meter = self._batches(updates, given), Meter(1)
         self._prepare(batches, [], ["policy"])
         if self._layout.last_stage:
             self._hooks.normalize(batches=batches[0], total=self._models["policy"].total)
@@ -147,6 +146,14 @@ class TrainingRank:
         if not self._columns.keys() - batch.columns.keys() and "advantage" not in batch.columns:
             batch.columns |= self._hooks.advantage(batch=batch)
 
+    def _normalize(self, batches: list[list[Batch]]) -> bool:
+        """As soon as all have advantages: on every team that trains, for plugins remember what they see of a step."""
+        flat = sum(batches, [])
+        if not self._trained or not all("advantage" in batch.columns for batch in flat):  # never off the last stage
+            return False
+        self._hooks.normalize(batches=flat, total=self._models[self._trained[-1]].total)
+        return True
+
     def _through(self, name: str) -> Callable[[Any, Batch], Output]:
         return lambda module, batch: self._hooks.forward(role=name, module=module, batch=batch)
 
@@ -156,7 +163,7 @@ class TrainingRank:
         model.run(batches, self._through(name), lambda batch, output: self._loss(name, batch, output, meter))
         metrics, skipped = model.step(lambda norm: self._veto(name, step, norm))
         meter.last |= {prefix + key: value for key, value in metrics.items()}
-        meter.add(prefix + "skipped_updates", float(skipped is not None) * meter.updates)
+        meter.add(prefix + "skipped_updates", float(skipped is not None) * meter.updates / self._layout.dp_size)
 
     def _loss(self, name: str, batch: Batch, output: Output, meter: Meter) -> torch.Tensor:
         """One micro-batch's share of the update's loss, its penalties and its metrics."""
@@ -210,6 +217,7 @@ class TrainingRank:
     def save(self, folder: str) -> None:
         for name in self._trained:
             self._models[name].save(Path(folder) / name)
+        self._state(folder).parent.mkdir(parents=True, exist_ok=True)  # nothing is saved of a frozen model
         self._state(folder).write_text(json.dumps(self._hooks.state()))
 
     def load(self, folder: str) -> None:

@@ -88,7 +88,7 @@ def _faults(
     template: str | None,
     given: list[str],
 ) -> Iterator[str]:
-    ruler = Ruler(run.model.path, context - (0 if given else run.rollout.max_tokens)) if context else None
+    ruler = Ruler(run.model.path, context - (1 if given else run.rollout.max_tokens)) if context else None
     for i, row in enumerate(rows.scan()):
         if isinstance(row, Refused):
             yield str(row)
@@ -99,13 +99,14 @@ def _faults(
         try:
             prompt = prompt_of(row, config)
             texts = answers(row, given, prompt)
-            length = ruler.excess(prompt, max(texts, key=len, default="")) if ruler else None
+            length = max(ruler.excess(prompt, text) or 0 for text in texts or [""]) if ruler else 0
         except (PromptError, TemplateRefused) as error:
             why = f"the chat template refuses it: {error}" if isinstance(error, TemplateRefused) else error
             yield f"{rows.where(i)}: {why}"
             continue
         if length and given:
-            yield f"{rows.where(i)}: prompt and response of {length} tokens exceed the model's context of {context}"
+            what = f"prompt, response and stop of {length + 1} tokens"
+            yield f"{rows.where(i)}: {what} exceed the model's context of {context}"
         elif length:
             yield (
                 f"{rows.where(i)}: a prompt of {length} tokens and rollout.max_tokens = {run.rollout.max_tokens} "

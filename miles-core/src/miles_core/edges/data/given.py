@@ -42,7 +42,8 @@ def _last_message(value: list[Any], column: str, prompt: str | list[Message]) ->
     """What the assistant says in a conversation that repeats the prompt, or is one message long."""
     if isinstance(prompt, str):
         raise PromptError(f"{column} is a list of messages, but the prompt is text; set data.chat_template = true")
-    said = value[len(prompt) :] if value[: len(prompt)] == prompt else value
+    bare = prompt[1:] if prompt[0]["role"] == "system" else prompt  # the run's own message is not in the row
+    said = next((value[len(p) :] for p in (prompt, bare) if value[: len(p)] == p), value)
     if len(said) != 1 or not isinstance(said[0], dict) or said[0].get("role") != "assistant":
         raise PromptError(f"{column} does not begin with the prompt and end with one message of the assistant")
     return said[0].get("content")

@@ -26,6 +26,7 @@ from . import device
 from .model import MegatronModel, layout
 
 BLOCK, STRIDE = 4 << 10, 1 << 20  # of a weights file, so much is read of every so many bytes
+SMALL = 64 << 20  # and all of it up to this size, where the stride could miss every weight
 
 
 def digest(folder: Path, args: Namespace) -> str:
@@ -35,7 +36,7 @@ def digest(folder: Path, args: Namespace) -> str:
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for at in range(0, size, STRIDE):
+            for at in range(0, size, STRIDE if size > SMALL else BLOCK):
                 file.seek(at)
                 found.update(file.read(BLOCK))
     return found.hexdigest()
