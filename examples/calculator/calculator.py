@@ -9,8 +9,8 @@ Name it in a run with ``plugins = ["./calculator.py"]``. It needs a tokenizer in
 token each. ``rollout.max_tokens`` bounds all that follows the prompt, the tool's tokens included.
 
 Nothing is encoded twice: what the engine sampled is kept as ids, and the next turn's request is those very ids with the
-tool's behind them, so an engine with a prefix cache reads only what is new. The attempts of a group take their turns
-side by side: a group costs one ``engine.generate`` a turn, however many attempts it has.
+tool's behind them, so an engine with a prefix cache reads only what is new. A group costs one ``engine.generate`` a
+turn, however many attempts it has.
 
 **Rewards of turns.** ``call`` is earned by the first call that was answered, not by each, or calling would pay better
 than answering; ``answer`` by a last turn that says what the row's ``answer`` says. An algorithm such as GRPO reads only
@@ -28,11 +28,10 @@ their sum, the sample's reward. One that gives credit to turns has two sources:
       to_come = batch.per_token(batch.by_seq(earned)) - before
 
 **The tool** reads a line a call and answers with a line, which is told to the policy; one that begins with ``error``
-earns nothing. A tool that answers late, prints more than ``output_bytes`` or dies is ended with its process group, and
-the policy is told what it said so far, or why it said nothing. The run goes on: ``fault`` in the sample's turn says
-what happened, and ``calculator/faults`` counts it. A tool has bounded memory, CPU time and wall time, no environment
-but PATH, and cannot write files. That keeps accidents out, not attackers: for code that nobody has looked at, let
-``command`` start a container.
+earns nothing. A tool that is late, prints more than ``output_bytes`` or dies is ended with its process group, and the
+policy is told what it said so far, or why it said nothing. ``fault`` in the sample's turn says what happened, and the
+run goes on. A tool has bounded memory and time, no environment but PATH, and cannot write to files. That keeps out
+accidents, not attackers: for code that nobody has looked at, let ``command`` start a container.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ if TYPE_CHECKING:
 LAUNCH = """
 import ctypes, os, resource, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a tool that hangs would not see its parent go
+for ignored in (signal.SIGPIPE, signal.SIGXFSZ): signal.signal(ignored, signal.SIG_DFL)  # by Python, not by the tool
 for limit, value in ((resource.RLIMIT_AS, int(sys.argv[1])), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
     resource.setrlimit(limit, (value, value))
 os.execvp(sys.argv[2], sys.argv[2:])
@@ -253,16 +253,17 @@ class Calculator(Plugin):
         while going:
             left -= 1
             completions = await engine.generate([self._turns.request(sample, evaluating) for sample in going])
-            calling = [s for s, completion in zip(going, completions, strict=True) if self._turns.add(s, completion)]
-            room = await asyncio.gather(*map(self._answer, calling)) if left else [False] * len(calling)
-            going = [sample for sample, more in zip(calling, room, strict=True) if more]
+            turns = (self._turn(*each, left) for each in zip(going, completions, strict=True))
+            going = [sample for sample, on in zip(going, await asyncio.gather(*turns), strict=True) if on]
         for sample in group.samples:
             self._turns.finish(sample)
         return group
 
-    async def _answer(self, sample: Sample) -> bool:
-        """Have the sample's call answered; whether it can go on."""
+    async def _turn(self, sample: Sample, completion: Completion, left: int) -> bool:
+        """Append what the policy wrote and have its call answered, if that leads to another turn; whether it does."""
         with naming(sample):
+            if not self._turns.add(sample, completion) or not left:
+                return False
             call = sample.info["turns"][-1]["call"]
             answer = Answer(f"error: no {self.config.opens}") if call is None else await self._tools.ask(call)
             return self._turns.add_result(sample, answer)
@@ -272,10 +273,8 @@ class Calculator(Plugin):
         for sample in group.samples:
             with naming(sample):
                 reward_turns(sample, self.config)
-        turns = [sample.info["turns"] for sample in group.samples]
-        return {
-            name: [sum(turn["rewards"].get(name, 0.0) for turn in of) for of in turns] for name in ("call", "answer")
-        }
+        of = [sample.info["turns"] for sample in group.samples]
+        return {name: [sum(t["rewards"].get(name, 0.0) for t in turns) for turns in of] for name in ("call", "answer")}
 
 
 class Turns:
@@ -298,11 +297,10 @@ class Turns:
 
     def begin(self, group: Group) -> None:
         """Every attempt is its prompt, encoded once."""
-        first = group.samples[0]
-        text, chat = first.prompt, isinstance(first.prompt, list)
-        if chat:  # the template writes the special tokens
+        given, text = group.samples[0].tokens, group.samples[0].prompt
+        if chat := isinstance(text, list):  # the template writes the special tokens
             text = self._tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
-        tokens = first.tokens or self._tokenizer.encode(text, add_special_tokens=not chat)
+        tokens = given or self._tokenizer.encode(text, add_special_tokens=not chat)
         for sample in group.samples:
             sample.info["turns"], sample.tokens, sample.mask, sample.logprobs, sample.versions = [], [], [], [], []
             self._put(sample, tokens)
@@ -321,7 +319,7 @@ class Turns:
         sample.mask += [True] * len(written)
         sample.logprobs += completion.logprobs
         sample.versions += completion.versions
-        calling = bool(written) and written[-1] == self._closes
+        calling = written[-1:] == [self._closes]
         call = None
         if calling and self._opens in written:
             opened = len(written) - written[::-1].index(self._opens)
@@ -385,12 +383,11 @@ def reward_turns(sample: Sample, config: Calculator.Config) -> None:
     turns = sample.info["turns"]
     if answered := next((turn for turn in turns if turn["good"]), None):
         answered["rewards"]["call"] = config.call
-    last = turns[-1]
-    if last["text"] and last["text"].strip() == str(sample.info[config.column]):
+    if (last := turns[-1])["text"].strip() == str(sample.info[config.column]):
         last["rewards"]["answer"] = config.answer
     sample.columns["turn_reward"] = [0.0] * len(sample.tokens)
     for turn in turns:
-        if turn["rewards"]:  # it has tokens, then: a call, or an answer
+        if turn["end"] > turn["start"]:  # else it was aborted before its first token
             sample.columns["turn_reward"][turn["end"] - 1] = sum(turn["rewards"].values())
 
 
