@@ -82,10 +82,7 @@ class Answer:
 
     text: str
     fault: str | None = None
-
-    @property
-    def good(self) -> bool:
-        return self.fault is None and not self.text.startswith("error")
+    gone: bool = False  # it ended without a word
 
 
 class Tool:
@@ -116,12 +113,11 @@ class Tool:
         self.calls += 1
         try:
             async with asyncio.timeout(wall_s):
-                said = await self._exchange(call, cpu_s, most)
-                lost = "" if said else await asyncio.to_thread(self._ending)
+                if not (said := await self._exchange(call, cpu_s, most)):
+                    ending = await asyncio.to_thread(self._ending)
+                    return Answer(f"error: {ending}", ending, gone=True)
         except TimeoutError:
-            said, lost = b"", f"no answer in {wall_s:g} s"
-        if not said:
-            return Answer(f"error: {lost}", lost)
+            return Answer(f"error: no answer in {wall_s:g} s", f"no answer in {wall_s:g} s")
         line, _, more = said.partition(b"\n")
         fault = f"more than {most} bytes" if len(line) > most else "more than one line" if more else None
         return Answer(line[:most].decode(errors="replace"), fault)
@@ -170,22 +166,24 @@ class Tools:
         self._config, self._free, self._room = config, list[Tool](), asyncio.Semaphore(config.processes)
 
     async def ask(self, call: str) -> Answer:
-        """Raises OSError when no process can be started."""
+        """Asked again where a process that had answered others was gone. Raises OSError when none can be started."""
         config = self._config
         async with self._room:
-            if self._free and not self._free[-1].idle:
-                self._free.pop().end()
-            tool = self._free.pop() if self._free else Tool(config.command or CALCULATOR, config.memory_mib)
-            try:
-                answer = await tool.ask(call, config.wall_s, config.cpu_s, config.output_bytes)
-            except BaseException:  # cancelled: the next call must not get this one's answer
-                tool.end()
-                raise
-            if answer.fault or tool.calls >= config.calls_per_process:
-                tool.end()
-            else:
-                self._free.append(tool)
-            return answer
+            while True:
+                if self._free and not self._free[-1].idle:
+                    self._free.pop().end()
+                tool = self._free.pop() if self._free else Tool(config.command or CALCULATOR, config.memory_mib)
+                try:
+                    answer = await tool.ask(call, config.wall_s, config.cpu_s, config.output_bytes)
+                except BaseException:  # cancelled: the next call must not get this one's answer
+                    tool.end()
+                    raise
+                if answer.fault or tool.calls >= config.calls_per_process:
+                    tool.end()
+                else:
+                    self._free.append(tool)
+                if not answer.gone or tool.calls == 1:
+                    return answer
 
 
 class Calculator(Plugin):
@@ -331,7 +329,8 @@ class Turns:
 
     def add_result(self, sample: Sample, answer: Answer) -> bool:
         """Append the tool's answer; whether that leaves room for more. It is text, whatever markup it imitates."""
-        sample.info["turns"][-1] |= {"result": answer.text, "good": answer.good, "fault": answer.fault}
+        good = not answer.fault and not answer.text.startswith("error")
+        sample.info["turns"][-1] |= {"result": answer.text, "good": good, "fault": answer.fault}
         said = self._encode(answer.text, split_special_tokens=True)[: self._config.result_tokens]
         result = self._before + said + self._after
         if len(result) >= self._room(sample):
