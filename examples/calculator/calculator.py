@@ -67,10 +67,11 @@ if TYPE_CHECKING:
 LAUNCH = """
 import ctypes, os, resource, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a tool that hangs would not see its parent go
+if os.getppid() != int(sys.argv[2]): sys.exit()  # it went already
 for ignored in (signal.SIGPIPE, signal.SIGXFSZ): signal.signal(ignored, signal.SIG_DFL)  # by Python, not by the tool
 for limit, value in ((resource.RLIMIT_AS, int(sys.argv[1])), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
     resource.setrlimit(limit, (value, value))
-os.execvp(sys.argv[2], sys.argv[2:])
+os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 CALCULATOR = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tool.py").absolute())]
@@ -93,7 +94,7 @@ class Tool:
         self._socket, theirs = socket.socketpair()  # both ways, read by the byte: nothing piles up on this side
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", LAUNCH, str(memory_mib * 2**20), *command],
+                [sys.executable, "-I", "-S", "-c", LAUNCH, str(memory_mib * 2**20), str(os.getpid()), *command],
                 stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL,
                 cwd="/", env={"PATH": os.environ.get("PATH", os.defpath)}, start_new_session=True,
             )  # fmt: skip
@@ -346,8 +347,7 @@ class Turns:
         return str(self._tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in self._ends else tokens))
 
     def _room(self, sample: Sample) -> int:
-        turns = sample.info["turns"]
-        return self._most - (len(sample.tokens) - turns[0]["start"] if turns else 0)
+        return self._most - len(sample.tokens) + next((t["start"] for t in sample.info["turns"]), len(sample.tokens))
 
     def _put(self, sample: Sample, tokens: list[int]) -> None:
         """Append what the policy did not write."""

@@ -1,138 +1,24 @@
-"""The example of several turns: what becomes of tokens, what a tool may do to a run, and who earns what when."""
+"""The example of several turns: what becomes of tokens, and who earns what when."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import resource
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from calculator_cases import CALCULATOR, CALL, PROMPT
 from miles_core.config import ConfigError
 from miles_core.edges.protocols import Completion
-from miles_core.edges.toml import Source
 from miles_core.loop.batch import pack
-from miles_core.plugins import PluginError, assemble
+from miles_core.plugins import PluginError
 from miles_core.types import Column, Group, Sample
 from whole_runs import processes_of
-
-CALCULATOR = Path(__file__).parents[2] / "examples" / "calculator"
-PROMPT = "12+30="
-RUN = f"""\
-algorithm = "grpo"
-plugins = ["{CALCULATOR / "calculator.py"}"]
-model.path = "model"
-data.train = "train.jsonl"
-rollout.max_tokens = 60
-calculator.result_tokens = 40
-"""
-
-
-def module(name):
-    spec = importlib.util.spec_from_file_location(f"calculator_{name}", CALCULATOR / f"{name}.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A run of the example with random weights, and one more token: "12", which encoding prefers to "1" and "2"."""
-    folder = tmp_path_factory.mktemp("calculator")
-    make = module("make")
-    make.write_tokenizer(folder / "model")
-    path = folder / "model" / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["model"]["vocab"]["12"] = len(content["model"]["vocab"])
-    content["model"]["merges"] = [["1", "2"]]
-    path.write_text(json.dumps(content))
-    model = make.new_model()
-    model.resize_token_embeddings(len(content["model"]["vocab"]))
-    model.save_pretrained(folder / "model")
-    (folder / "train.jsonl").write_text(json.dumps({"prompt": PROMPT, "answer": "42"}) + "\n")
-    (folder / "run.toml").write_text(RUN)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def ids(folder):
-    """Token ids one character at a time, as a policy may write them and encoding would not."""
-    vocabulary = json.loads((folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
-    marks = ["<call>", "</call>", "<result>", "</result>", "<eos>"]
-
-    def spell(text):
-        found = []
-        while text:
-            piece = next((mark for mark in marks if text.startswith(mark)), text[0])
-            found.append(vocabulary[piece])
-            text = text[len(piece) :]
-        return found
-
-    return spell
-
-
-@pytest.fixture
-def hooks(folder):
-    """``hooks(turns=3)``: the plugins of a run with these keys of [calculator], as a rollout worker has them."""
-
-    def load(max_tokens=60, **keys):
-        overrides = [f"calculator.{key}={json.dumps(value)}" for key, value in keys.items()]
-        source = Source((folder / "run.toml",), (*overrides, f"rollout.max_tokens={max_tokens}"))
-        registry = assemble(source).registry("rollout")
-        registry.rollout_start()
-        return registry
-
-    return load
-
-
-@pytest.fixture
-def rolled(hooks, ids):
-    """``rolled([said in turn 1, in turn 2, ...], ...)``: what comes of policies that say just that."""
-
-    def roll(*attempts, answer="42", **keys):
-        registry, asked = hooks(**keys), []
-        samples = [Sample(PROMPT, {"answer": answer}, f"5/{i}", seed=i) for i in range(len(attempts))]
-        group = Group(5, samples)
-
-        async def generate(requests):
-            asked.append(requests)
-            return [completion(ids(attempts[int(r.id[2])][len(asked) - 1])) for r in requests]
-
-        def completion(tokens):
-            n, version = len(tokens), len(asked)
-            stopped = tokens[-1] in (ids("<eos>")[0], ids("</call>")[0])
-            return Completion(
-                tokens, [-0.1 * (i + 1) for i in range(n)], [version] * n, "stop" if stopped else "length"
-            )
-
-        async def both():
-            await registry.rollout(group=group, engine=SimpleNamespace(generate=generate), evaluating=False)
-            return await registry.reward(group=group, evaluating=False)
-
-        rewards = asyncio.run(both())
-        return SimpleNamespace(group=group, samples=samples, asked=asked, rewards=rewards)
-
-    return roll
-
-
-def result(sample, turn=0):
-    return sample.info["turns"][turn]["result"]
-
-
-def fault(sample, turn=0):
-    return sample.info["turns"][turn]["fault"]
-
-
-CALL = "<call>12+30</call>"
-
 
 # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -211,109 +97,6 @@ def test_a_result_that_leaves_no_room_ends_it(rolled, max_tokens, turns):
 def test_a_long_result_is_cut_to_its_tokens(rolled, ids):
     [sample] = rolled([CALL, "1<eos>"], result_tokens=3, command=["echo", "4444444"]).samples
     assert sample.tokens[12:-2] == ids("<result>444</result>")
-
-
-# -- the tool ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "told"),
-    [
-        ("12+30*2", "72"),
-        ("-(7-9)/4", "0.5"),
-        ("6/3", "2"),
-        ("7//2%2", "1"),
-        ("1/0", "error: division by zero"),
-        ("9**9**9", "error: too large"),
-        ("1e999", "error: no such number"),
-        ("(-8)**0.5", "error: no such number"),
-        ("__import__('os').getpid()", "error: malformed"),
-        ("True+1", "error: malformed"),
-        ("1+", "error: malformed"),
-        ("", "error: malformed"),
-        ("(" * 300 + "1" + ")" * 300, "error: malformed"),
-        ("9" * 5000, "error: malformed"),
-    ],
-)
-def test_arithmetic_is_all_it_does(asked, told):
-    assert module("tool").answer(asked) == told
-
-
-def test_the_policy_is_told_of_its_mistakes(rolled):
-    done = rolled(["<call>1/0</call>", "12+</call>", "42<eos>"], turns=3)
-    [sample] = done.samples
-    assert result(sample) == "error: division by zero" and result(sample, 1) == "error: no <call>"
-    assert not fault(sample) and "<result>error: division by zero</result>" in sample.response
-    assert done.rewards == {"call": [0.0], "answer": [1.0]}
-
-
-def test_a_tool_that_never_returns_costs_its_limit(rolled):
-    began = time.monotonic()
-    done = rolled([CALL, "42<eos>"], ["42<eos>"], command=["sh", "-c", "sleep 86.5 & sleep 86.5"], wall_s=0.4)
-    assert 0.4 <= time.monotonic() - began < 3
-    hung, other = done.samples
-    assert fault(hung) == "no answer in 0.4 s" and result(hung) == "error: no answer in 0.4 s"
-    assert hung.finish == other.finish == "stop" and fault(other) is None
-    assert done.rewards == {"call": [0.0, 0.0], "answer": [1.0, 1.0]}
-    assert not [found for found in processes_of("86.5") if "sleep" in found]
-
-
-def test_a_tool_that_prints_a_gigabyte_is_cut(rolled):
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    flood = ["sh", "-c", "head -c 1000000000 /dev/zero | tr '\\0' 7"]
-    [sample] = rolled([CALL, "42<eos>"], command=flood, output_bytes=30).samples
-    assert fault(sample) == "more than 30 bytes" and result(sample) == "7" * 30
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 and time.monotonic() - began < 3
-
-
-BUSY = "import sys; sys.stdin.readline()\nwhile True: pass"
-GREEDY = "x = bytearray(10**9); print(1)"
-
-
-@pytest.mark.parametrize(
-    ("command", "why"),
-    [
-        ([sys.executable, "-c", BUSY], "too much CPU time"),
-        ([sys.executable, "-c", GREEDY], "exited with status 1"),
-        (["sh", "-c", "kill -9 $$"], "ended by signal 9"),
-        (["printf", "1\\n2\\n"], "more than one line"),
-    ],
-)
-def test_a_tool_at_fault_is_named_in_the_sample(rolled, command, why):
-    [sample] = rolled([CALL, "42<eos>"], command=command, cpu_s=1).samples
-    assert fault(sample) == why and sample.finish == "stop"
-
-
-def test_a_tool_cannot_write_to_files(rolled, tmp_path):
-    [sample] = rolled([CALL, "42<eos>"], command=["sh", "-c", f"echo 1 >{tmp_path}/file"]).samples
-    assert fault(sample) == f"ended by signal {signal.SIGXFSZ:d}" and not (tmp_path / "file").read_bytes()
-
-
-def test_a_tool_that_ends_between_calls_is_replaced_and_sees_no_environment(rolled, monkeypatch):
-    monkeypatch.setenv("SECRET", "1234")
-    ends = ["sh", "-c", "read x; echo ${SECRET:-none}"]
-    [sample] = rolled([CALL, CALL, "42<eos>"], command=ends).samples
-    assert [result(sample, i) for i in (0, 1)] == ["none", "none"] and not fault(sample, 1)
-
-
-def test_what_a_tool_says_unasked_is_nobodys_answer(hooks):
-    talks = ["sh", "-c", "read x; echo 1; echo 2; read x; echo 3"]
-    tools = hooks(command=talks).plugins["calculator"]._tools
-
-    async def calls():
-        await tools.ask("1")
-        await asyncio.sleep(0.2)
-        return await tools.ask("1")
-
-    assert asyncio.run(calls()).text == "1"
-
-
-def test_one_process_answers_many_calls_or_one(rolled):
-    pid = ["sh", "-c", "while read x; do echo $$; done"]
-    [sample] = rolled([CALL, CALL, "42<eos>"], command=pid).samples
-    assert result(sample, 0) == result(sample, 1)
-    [sample] = rolled([CALL, CALL, "42<eos>"], command=pid, calls_per_process=1).samples
-    assert result(sample, 0) != result(sample, 1)
 
 
 # -- rewards -------------------------------------------------------------------------------------------------------
