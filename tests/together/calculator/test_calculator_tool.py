@@ -88,20 +88,25 @@ def test_a_tool_cannot_write_to_files(rolled, tmp_path):
     assert fault(sample) == f"ended by signal {signal.SIGXFSZ:d}" and not (tmp_path / "file").read_bytes()
 
 
-def test_a_tool_that_ends_between_calls_is_replaced_and_sees_no_environment(rolled, monkeypatch):
+@pytest.mark.parametrize("command", ["read x; echo 1", "read x; echo 1; read x"])
+def test_a_tool_that_ends_between_calls_blames_nobody(rolled, command):
+    [sample] = rolled([CALL, CALL, "42<eos>"], command=["sh", "-c", command]).samples
+    assert [result(sample, i) for i in (0, 1)] == ["1", "1"] and not fault(sample, 1)
+
+
+def test_a_tool_sees_no_environment(rolled, monkeypatch):
     monkeypatch.setenv("SECRET", "1234")
-    ends = ["sh", "-c", "read x; echo ${SECRET:-none}"]
-    [sample] = rolled([CALL, CALL, "42<eos>"], command=ends).samples
-    assert [result(sample, i) for i in (0, 1)] == ["none", "none"] and not fault(sample, 1)
+    [sample] = rolled([CALL, "42<eos>"], command=["sh", "-c", "read x; echo ${SECRET:-none}"]).samples
+    assert result(sample) == "none"
 
 
 def test_what_a_tool_says_unasked_is_nobodys_answer(hooks):
-    talks = ["sh", "-c", "read x; echo 1; echo 2; read x; echo 3"]
+    talks = ["sh", "-c", "read x; echo 1; sleep 0.1; echo 2; read x; echo 3"]
     tools = hooks(command=talks).plugins["calculator"]._tools
 
     async def calls():
         await tools.ask("1")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.4)
         return await tools.ask("1")
 
     assert asyncio.run(calls()).text == "1"
