@@ -39,7 +39,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -55,6 +54,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_core import Plugin, hookimpl
 from miles_core.edges.protocols import Completion, Request, Sampling
+from miles_core.tokens import load_tokenizer, stop_tokens, tokenize
 from miles_core.types import Column, Complain, Group, Refused, Sample
 from pydantic import Field
 from tokenizers import Tokenizer
@@ -280,15 +280,13 @@ class Turns:
     """How turns become tokens. Holds the tokenizer; one a process."""
 
     def __init__(self, config: Calculator.Config, run: RunConfig) -> None:
-        from transformers import AutoTokenizer  # here, since `miles plan` is quicker without
-
         self._config, self._most = config, run.rollout.max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(run.model.path, local_files_only=True)
+        self._tokenizer = load_tokenizer(run.model.path)
         vocabulary = self._tokenizer.get_vocab()
         self._opens, self._closes = vocabulary[config.opens], vocabulary[config.closes]
         self._before, self._after = self._encode(config.before), self._encode(config.after)
-        draw, stops = run.rollout, (*end_tokens(self._tokenizer, run), self._closes)
-        self._ends = set(stops) - {self._closes}
+        draw, stops = run.rollout, stop_tokens(self._tokenizer, run.model.path, run.rollout.stop_tokens)
+        self._ends, stops = set(stops) - {self._closes}, (*stops, self._closes)
         self._sampling = {
             False: Sampling(draw.max_tokens, draw.temperature, draw.top_p, draw.top_k, stops),
             True: Sampling(draw.max_tokens, run.eval.temperature, stop_tokens=stops),
@@ -297,9 +295,7 @@ class Turns:
     def begin(self, group: Group) -> None:
         """Every attempt is its prompt, encoded once."""
         given, text = group.samples[0].tokens, group.samples[0].prompt
-        if chat := isinstance(text, list):  # the template writes the special tokens
-            text = self._tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
-        tokens = given or self._tokenizer.encode(text, add_special_tokens=not chat)
+        tokens = given or tokenize(self._tokenizer, text)
         for sample in group.samples:
             sample.info["turns"], sample.tokens, sample.mask, sample.logprobs, sample.versions = [], [], [], [], []
             self._put(sample, tokens)
@@ -365,14 +361,6 @@ def lacks(command: list[str]) -> str | None:
     if command:
         return None if shutil.which(command[0]) else f"{command[0]!r} is not a program; name one on PATH, or in full"
     return None if Path(CALCULATOR[-1]).is_file() else f"there is no {CALCULATOR[-1]}; put it there, or name a tool"
-
-
-def end_tokens(tokenizer: Any, run: RunConfig) -> list[int]:
-    """The end of sequence, by the tokenizer and by generation_config.json, and the run's own stops."""
-    path = run.model.path / "generation_config.json"
-    more = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more]), *run.rollout.stop_tokens}
-    return sorted(found - {None})
 
 
 def reward_turns(sample: Sample, config: Calculator.Config) -> None:
