@@ -34,9 +34,8 @@ class Fleet:
     async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
         """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
         share = -(-len(groups) // len(self.rollouts))
-        parts = [groups[i : i + share] for i in range(0, len(groups), share)]
-        calls = [w.call("roll", part, evaluating) for w, part in zip(self.rollouts, parts, strict=False)]
-        answers = await asyncio.gather(*calls)
+        asked = zip(self.rollouts, (groups[i : i + share] for i in range(0, len(groups), share)), strict=False)
+        answers = await asyncio.gather(*(worker.call("roll", part, evaluating) for worker, part in asked))
         seconds = {f"time/{kind}": max(took[kind] for _, took in answers) for kind in ("sample", "reward")}
         return [group for part, _ in answers for group in part], seconds
 
