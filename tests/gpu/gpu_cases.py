@@ -23,13 +23,13 @@ SHAPE = {
 Sequences = list[tuple[list[int], list[float]]]  # tokens, and the weight of each in the loss: 0 for a prompt's
 
 
-def write_model(folder: Path, spread: float = 0.06, **shape: Any) -> Path:
-    """Random weights, ``spread`` wide: by default wide enough that what follows a prompt depends on the prompt."""
+def write_model(folder: Path, **shape: Any) -> Path:
+    """Random weights, as transformers draws them."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | shape, initializer_range=spread)).to(torch.bfloat16)
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | shape)).to(torch.bfloat16)
     model.save_pretrained(folder)
     return folder
 

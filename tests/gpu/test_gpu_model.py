@@ -13,9 +13,9 @@ from miles_core.types import Refused
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("alone")]
 VOCAB = SHAPE["vocab_size"]
 LENGTHS = (1100, 300, 1024, 40, 700, 2, 900)
-# Most error of any gradient, and of all together. A CPU in bfloat16 has 0.007 and 0.006 between packed and single rows,
-# 0.034 and 0.022 beside float32, where log-probabilities are 0.018 apart on average; a mistake makes errors near 1.
-PACKED, ROUNDED, LOGPROB = (0.05, 0.03), (0.1, 0.05), 0.03
+# Most error of any gradient, and of all together. A CPU in bfloat16 has 0.007 and 0.005 between packed and single rows,
+# 0.023 and 0.014 beside float32, where log-probabilities are 0.0036 apart on average; a mistake makes errors near 1.
+PACKED, ROUNDED, LOGPROB = (0.05, 0.03), (0.08, 0.05), 0.01
 
 
 @pytest.fixture(params=["local", "transformer_engine"])
