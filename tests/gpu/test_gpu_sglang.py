@@ -199,17 +199,22 @@ def assert_retried(served: Served, one: Trainer, transport: HandleTransport, har
     assert served.ask("health")["restarts"] == restarts + 1 and not running(served)
 
 
+def server_of(leader: int) -> int:
+    """The server itself, neither its guards nor what it started."""
+    mine = [pid for pid, parent in parents(leader).items() if parent == leader]
+    [server] = [pid for pid in mine if b"guard.py" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return server
+
+
 def kill(leader: int) -> None:
-    """The server alone: its guard must see to the rest."""
-    [server] = [pid for pid, parent in parents(leader).items() if parent == leader]
-    os.kill(server, signal.SIGKILL)
+    """The server alone: its guards must see to the rest."""
+    os.kill(server_of(leader), signal.SIGKILL)
 
 
 def hang(leader: int) -> None:
     """What the server started, its scheduler among it. The web server still answers."""
-    tree = parents(leader)
-    [server] = [pid for pid, parent in tree.items() if parent == leader]
-    children = [pid for pid, parent in tree.items() if parent == server]
+    server = server_of(leader)
+    children = [pid for pid, parent in parents(leader).items() if parent == server]
     assert children
     for pid in children:
         os.kill(pid, signal.SIGSTOP)
