@@ -6,12 +6,12 @@ import asyncio
 import statistics
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from miles_core.edges.sglang import SGLang
 from miles_core.edges.sglang.client import SGLangClient
 
@@ -44,9 +44,16 @@ def bare(number: int, meeting: str, size: int, result: Any) -> None:
 
 
 def bare_seconds(size: int) -> float:
-    result = processes.get_context("spawn").Value("d", 0.0)
+    fresh = get_context("spawn")
+    result = fresh.Value("d", 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(bare, (f"file://{folder}/meeting", size, result), nprocs=2)
+        both = [fresh.Process(target=bare, args=(i, f"file://{folder}/meeting", size, result)) for i in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+    if any(process.exitcode for process in both):
+        raise RuntimeError("the bare broadcast failed")
     return float(result.value)
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Miles:
 
     def __init__(self, run: Any, layers: str) -> None:
         self.plugin = Megatron(Megatron.Config(transformer_impl=layers), run)
-        self.model: Any = self.plugin.miles_model("policy", Role(trained=True))
+        made: Any = self.plugin.miles_model("policy", Role(trained=True))
+        self.model = made
         self.parameters = sum(p.numel() for p in self.model.module.parameters())
 
     def forward(self, module: torch.nn.Module, batch: Batch) -> Output:
@@ -125,7 +127,7 @@ class Bare:
         mask = np.ones(len(row.tokens), dtype=np.float32)
         mask[ends - 1] = 0.0
         made = laid_out([0, *ends.tolist()], where)
-        made.cos, made.sin = unwrapped(module).rotary(made.positions, self.config.params_dtype)
+        made.cos, made.sin = unwrapped(module).rotary(made.positions, self.config.params_dtype)  # type: ignore[operator]
         tokens, labels, weights = (
             torch.from_numpy(x).to(where)[None] for x in (row.tokens, np.roll(row.tokens, -1), mask)
         )
@@ -206,7 +208,7 @@ def utilisation(miles: Miles, shape: Shape, lengths: list[int], steps: int = STE
 def job(size: str, layers: str, names: list[str], work: Path, report: Report) -> None:
     """The rows "training" and "mfu-..." of one model and one kind of layers."""
     if layers == "transformer_engine":
-        import transformer_engine.pytorch  # noqa: F401 - says at once when it is not there
+        import_module("transformer_engine.pytorch")  # says at once when it is not there
     shape = SHAPES[size]
     with rank():
         run = run_of(write(work, size), "split")
