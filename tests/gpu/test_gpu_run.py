@@ -36,7 +36,7 @@ path = "model"
 [data]
 train = "train.jsonl"
 
-[reward.math]
+[reward.positions]
 weight = 1.0
 
 [batch]
@@ -168,4 +168,5 @@ def test_a_run_goes_on_to_its_end_and_leaves_nothing(folder: Path, sglang: Path,
 
     trained, first = (load_file(next(at.glob("*.safetensors"))) for at in (folder / "out" / "model", folder / "model"))
     assert trained.keys() == first.keys()
-    assert all(not torch.equal(trained[name].float(), first[name].float()) for name in trained)
+    moved = [name for name in trained if not torch.equal(trained[name].float(), first[name].float())]
+    assert {name for name in trained if "proj" in name} <= set(moved)  # a norm's bfloat16 need not
