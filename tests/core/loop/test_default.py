@@ -19,7 +19,7 @@ def default(**tables) -> Default:
         ({"optim": {"lr": 1e-4, "min_lr": 1e-3, "schedule": "linear"}}, "optim.min_lr", "is above optim.lr"),
         ({"optim": {"lr": 1e-3, "min_lr": 1e-4}}, "optim.min_lr", "has no effect"),
         ({"batch": {"updates": 4, "epochs": 5}}, "batch.epochs", "5 x 4 updates learns from tokens drawn 19 updates"),
-        ({"mode": "overlap", "batch": {"updates": 4, "epochs": 3}}, "batch.epochs", "raise batch.max_age = 16"),
+        ({"mode": "overlap", "batch": {"updates": 4, "epochs": 3}}, "batch.epochs", "batch.max_age allows 16"),
     ],
 )
 def test_what_cannot_work_is_said_with_its_key(tables, key, said):
