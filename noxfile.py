@@ -20,7 +20,7 @@ from packaging.version import Version
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"  # `uv pip install` brings an old one up to date in a second
-nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "slow"]
+nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "oracles", "slow"]
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("miles-*/pyproject.toml"))
