@@ -151,6 +151,13 @@ def chaos(session: nox.Session) -> None:
     marked(session, "chaos")
 
 
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Tests that need a GPU, and SGLang; without network `python -m pytest -m gpu tests/gpu` does the same."""
+    prepare(session, *editable("./miles-core[sglang]", *PLUGINS), group="test")
+    session.run("pytest", "-m", "gpu", "tests/gpu", *session.posargs)
+
+
 def marked(session: nox.Session, marker: str) -> None:
     prepare(session, *editable(*PACKAGES), group="test")
     session.run("pytest", "-m", marker, *session.posargs, success_codes=[0, 5])  # 5: none bears the marker yet

@@ -29,6 +29,7 @@ PUBLIC = {
     "miles_core.formulas",
     "miles_core.formulas.terms",
     "miles_core.testing",
+    "miles_core.tokens",
     "miles_core.types",
 }  # what a plugin may import
 LEFT = {"dist", "runs", "__pycache__"}

@@ -68,13 +68,13 @@ class Runs:
         shutil.copytree(data, folder / "data")
         (folder / "run.toml").write_text(RUN)
 
-    def start(self, name: str, *args: str, **options) -> subprocess.Popen[str]:
-        ask = [MILES, "run", "run.toml", "--set", f"run_dir={name}", *args]
+    def start(self, name: str, *args: str, file: str = "run.toml", **options) -> subprocess.Popen[str]:
+        ask = [MILES, "run", file, "--set", f"run_dir={name}", *args]
         return subprocess.Popen(ask, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env=os.environ | {"TERM": "dumb"}, **options)  # fmt: skip
 
-    def run(self, name: str, *args: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        process = self.start(name, *args)
+    def run(self, name: str, *args: str, expect: int = 0, **options) -> subprocess.CompletedProcess[str]:
+        process = self.start(name, *args, **options)
         out, err = process.communicate(timeout=300)
         assert process.returncode == expect, f"status {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess([], process.returncode, out, err)

@@ -12,7 +12,6 @@ A hook has a *kind*, which says what happens when several plugins answer, and a 
     trainer every training rank, in the same order: collectives are allowed
 
 A hook of two places is asked in both, by each of the processes for itself.
-
 A plugin knows its own table as ``self.config`` and the run as ``self.run``, in every process; hooks get the rest.
 Plugins are asked in the order of ``plugins = [...]``, then the algorithm, then what core brings. Slots marked
 ``algorithm`` are answered by the plugin named by ``algorithm = ...``, all of them, or else by core's default.

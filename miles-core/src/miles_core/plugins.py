@@ -252,7 +252,9 @@ def _blame(hook: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if name in BUILTIN or isinstance(error, Refused):
+        from .edges.protocols import EngineError, WorkerDied  # not the plugin's own, only passing through
+
+        if name in BUILTIN or isinstance(error, Refused | EngineError | WorkerDied):
             raise
         raise PluginError(f"plugin {name}: {hook} raised {type(error).__name__}: {error}") from error
 

@@ -78,7 +78,7 @@ def test_messages_that_the_template_refuses(complaints, model, tmp_path):
 @pytest.mark.parametrize("text", ["1", "12345", "12:34 a>u", "1" * 30, " 9 " * 12])
 def test_a_prompt_is_measured_as_a_rollout_will(model, chat, text):
     from miles_core.edges.data.length import Ruler
-    from miles_core.edges.data.rollout import load_tokenizer, tokenize
+    from miles_core.tokens import load_tokenizer, tokenize
 
     prompt = [{"role": "user", "content": text}] if chat else text
     length = len(tokenize(load_tokenizer(model), prompt))

@@ -18,6 +18,8 @@ def default(**tables) -> Default:
         ({"batch": {"groups": 8, "updates": 3}}, "batch.updates", "8 groups do not divide into 3 updates; say"),
         ({"optim": {"lr": 1e-4, "min_lr": 1e-3, "schedule": "linear"}}, "optim.min_lr", "is above optim.lr"),
         ({"optim": {"lr": 1e-3, "min_lr": 1e-4}}, "optim.min_lr", "has no effect"),
+        ({"batch": {"updates": 4, "epochs": 5}}, "batch.epochs", "5 x 4 updates learns from tokens drawn 19 updates"),
+        ({"mode": "overlap", "batch": {"updates": 4, "epochs": 3}}, "batch.epochs", "batch.max_age allows 16"),
     ],
 )
 def test_what_cannot_work_is_said_with_its_key(tables, key, said):
@@ -29,6 +31,7 @@ def test_what_cannot_work_is_said_with_its_key(tables, key, said):
 def test_what_works_is_not_complained_of():
     found = []
     default(batch={"groups": 8, "updates": 4}).miles_check(lambda *fault: found.append(fault))
+    default(batch={"updates": 4, "epochs": 4}).miles_check(lambda *fault: found.append(fault))
     assert not found
 
 

@@ -84,3 +84,20 @@ def test_engines_of_a_cluster(cluster: RayCluster, tmp_path: Path) -> None:
     asyncio.run(go())
     asyncio.run(cluster.close())
     assert not servers() - before
+
+
+@pytest.mark.slow
+def test_closing_a_cluster_leaves_no_server(cluster: RayCluster) -> None:
+    """As every run ends: nobody tells the engine, and Ray kills its process and that one's children."""
+    before = servers()
+
+    async def go() -> None:
+        [process] = processes(1)
+        await (await cluster.start(process)).call("ready")
+        assert len(servers() - before) == 1
+        await cluster.close()
+        async with asyncio.timeout(5):
+            while servers() - before:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(go())

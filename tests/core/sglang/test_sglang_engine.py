@@ -171,11 +171,11 @@ def test_a_server_that_dies_is_replaced_and_nothing_of_it_is_left(murder: Any) -
     async def go() -> None:
         async with engines("0.5.23") as [worker]:
             first = await live(worker)
-            assert len(members(leader_of(first))) == 3
+            assert len(members(leader_of(first))) == 4  # two guards, the server and what it started
             murder(first)
             await until(lambda: worker.engine._restarts)
             second = await live(worker)
-            assert not members(leader_of(first)) and len(members(leader_of(second))) == 3
+            assert not members(leader_of(first)) and len(members(leader_of(second))) == 4
             assert await worker.engine.address() == second.address != first.address  # version 0 is what is on disk
         assert not members(leader_of(second))
 
@@ -252,7 +252,7 @@ def test_nothing_is_left_of_an_engine_that_was_killed() -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     leader = next(int(line) for line in process.stdout if line.strip().isdigit())
-    assert len(members(leader)) == 3
+    assert len(members(leader)) == 4
     process.kill()
     deadline = time.monotonic() + 5
     while members(leader) and time.monotonic() < deadline:

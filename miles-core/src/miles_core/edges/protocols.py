@@ -199,12 +199,15 @@ async def everyone(workers: list[Worker], method: str, *args: Any) -> list[Any]:
     if not workers:
         return []
     calls = [asyncio.ensure_future(worker.call(method, *args)) for worker in workers]
-    _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
-    if waiting:
-        await asyncio.wait(waiting, timeout=3)
-    errors = [error for call in calls if call.done() and (error := call.exception())]
-    for call in calls:
-        call.cancel()
+    try:
+        _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+        if waiting:
+            await asyncio.wait(waiting, timeout=3)
+        errors = [error for call in calls if call.done() and (error := call.exception())]
+    finally:
+        for call in calls:
+            call.cancel()
+            call.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks a late one
     for error in sorted(errors, key=lambda error: not isinstance(error, WorkerDied)):
         raise error
     return [call.result() for call in calls]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
@@ -25,6 +25,7 @@ class Fleet:
     apart: list[list[Worker]]  # the teams of roles that have ranks of their own, as many as ``ranks``
     columns: dict[str, Column]
     turns: bool  # engines give their memory to the trainers for the length of a step's training
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # until every rank is asked to train
 
     @property
     def trainers(self) -> list[Worker]:
@@ -33,9 +34,8 @@ class Fleet:
     async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
         """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
         share = -(-len(groups) // len(self.rollouts))
-        parts = [groups[i : i + share] for i in range(0, len(groups), share)]
-        calls = [w.call("roll", part, evaluating) for w, part in zip(self.rollouts, parts, strict=False)]
-        answers = await asyncio.gather(*calls)
+        asked = zip(self.rollouts, (groups[i : i + share] for i in range(0, len(groups), share)), strict=False)
+        answers = await asyncio.gather(*(worker.call("roll", part, evaluating) for worker, part in asked))
         seconds = {f"time/{kind}": max(took[kind] for _, took in answers) for kind in ("sample", "reward")}
         return [group for part, _ in answers for group in part], seconds
 
@@ -52,11 +52,11 @@ class Fleet:
 
     async def train(self, step: int, payload: Any) -> dict[str, float]:
         """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
-        if self.turns:
-            await everyone(self.engines, "begin_update")
-        teams, given = [self.ranks, *self.apart], await self._given(payload)
-        reports = await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
-        return self._total(reports)
+        async with self.asking:
+            if self.turns:
+                await everyone(self.engines, "begin_update")
+            teams, given = [self.ranks, *self.apart], await self._given(payload)
+        return self._total(await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams)))
 
     async def evaluate(self, payload: Any) -> dict[str, float]:
         """The metrics of one update that nothing learns from."""
@@ -66,8 +66,7 @@ class Fleet:
         """What each team's roles say of every micro-batch, for all of them; None where there is one team."""
         if not self.apart:
             return None
-        teams = [self.ranks, *self.apart]
-        answers = await asyncio.gather(*(everyone(team, "columns", payload) for team in teams))
+        answers = await asyncio.gather(*(everyone(team, "columns", payload) for team in [self.ranks, *self.apart]))
         return await self.cluster.share(self._exchange(answers))
 
     def _exchange(self, answers: list[list[list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
@@ -93,7 +92,8 @@ class Fleet:
     async def push(self, version: int, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
         the training they were asked for before, and can be asked for more when ``sent`` is called."""
-        await everyone(self.engines, "begin_update")
+        async with self.asking:
+            await everyone(self.engines, "begin_update")
         try:
             answers = await everyone(self.ranks, "push", verify)
             sent()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from inspect import getsourcefile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -39,7 +40,11 @@ class AlgorithmChecks:
         """What the run calls it: its entry point, or the file it is in."""
         where = f"{self.plugin.__module__}:{self.plugin.__qualname__}"
         found = [name for name, found in installed().items() if found.entry.value == where]
-        return found[0] if found else self.plugin.__module__.rpartition("_file_")[2]
+        return found[0] if found else Path(self.file).stem
+
+    @property
+    def file(self) -> str:
+        return getsourcefile(self.plugin) or ""
 
     @property
     def run_config(self) -> RunConfig:
@@ -115,7 +120,7 @@ class AlgorithmChecks:
     # -- a step of it --------------------------------------------------------------------------------------------
 
     def test_one_real_step_trains(self, miles_run: Callable[..., Finished]) -> None:
-        algorithm = self.name if self.name in installed() else getsourcefile(self.plugin)
+        algorithm = self.name if self.name in installed() else self.file
         keys = {f"{self.name}.{key}": value for key, value in self.keys.items()}
         done = miles_run(algorithm, **keys, **self.settings)
         assert done.status == 0, done.said

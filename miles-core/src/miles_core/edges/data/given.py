@@ -6,9 +6,9 @@ import json
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from ...tokens import load_tokenizer, stop_tokens, tokenize
 from ...types import Group, Refused, Sample
 from .prompt import PromptError
-from .rollout import load_tokenizer, stop_tokens, tokenize
 
 if TYPE_CHECKING:
     from ...config import RunConfig

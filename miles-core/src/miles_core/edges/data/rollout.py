@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ...tokens import load_tokenizer, stop_tokens, tokenize
 from ...types import Group, Refused, Sample
 from ..protocols import Completion, Request, Sampling
 
 if TYPE_CHECKING:
     from ...config import RunConfig
-    from ...types import Message
     from ..protocols import Engine
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, from its files alone. Raises Refused where it cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise Refused(f"model.path: the tokenizer in {folder} cannot be read: {error}") from None
-
-
-def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
-    """Token ids of text, or of messages in the tokenizer's chat template, ready for the answer."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer.encode(prompt)
-        return ids
-    if not tokenizer.chat_template:
-        raise Refused("model.path: the tokenizer has no chat template; add one, or give the prompts as text")
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them already
-    return ids
-
-
-def stop_tokens(tokenizer: Any, folder: Path, more: list[int]) -> tuple[int, ...]:
-    """The end of sequence, by the tokenizer and by generation_config.json, and those of the run."""
-    found = [tokenizer.eos_token_id, *more]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        eos = json.loads(path.read_text()).get("eos_token_id")
-        found += eos if isinstance(eos, list) else [eos]
-    return tuple(sorted({token for token in found if token is not None}))
 
 
 class SingleTurn:

@@ -5,6 +5,9 @@ is a pipe from the engine: its end is the end of the engine however that came, a
 process group is killed: the server, its schedulers, whatever those started. The same is done when the server itself
 ends, since a scheduler that stays behind keeps its GPU memory.
 
+Two processes see to it, because Ray kills the children of a process that it ends, and only those: the one that the
+engine started waits for the server, and a child of it for the engine.
+
 Run as a plain file: it imports nothing but the standard library, and is up in a hundredth of a second.
 """
 
@@ -14,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 
 def end() -> None:
@@ -28,7 +30,8 @@ def wait_for_engine() -> None:
 
 
 def main(command: list[str]) -> None:
-    threading.Thread(target=wait_for_engine, daemon=True).start()
+    if not os.fork():
+        wait_for_engine()
     try:
         status = subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
         print(f"the server ended with status {status}", flush=True)

@@ -1,0 +1,176 @@
+"""The pair of SGLang and Megatron on real GPUs, each number beside its ceiling, measured in the same process.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu
+    python benchmarks/gpu.py --only rollout sync
+
+writes ``gpu.md`` and ``gpu.json``, anew after every process. Rows that need the same model or server share one. When a
+row fails it is said in its place, and those that it kept from being measured go on in another process. Models have
+random weights; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from on_gpu.table import Report, Row, line, read, reporter, write
+
+SGLANG = Path(__file__).parents[1] / "tests" / "gpu" / "sglang.toml"  # with which kernels a server runs offline
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows that one process measures, in this order, and how long that may take."""
+
+    rows: tuple[str, ...]
+    limit_s: float
+    gpus: int = 1
+
+
+JOBS = {
+    "serving": Job(("rollout", "logprobs", "sync"), 400),
+    "0.6B": Job(("training", "mfu-0.6B"), 200),
+    "4B": Job(("mfu-4B",), 200),
+    "0.6B-te": Job(("mfu-0.6B-te",), 200),
+    "4B-te": Job(("mfu-4B-te",), 200),
+    "colocate": Job(("step",), 400),
+    "nccl": Job(("nccl",), 400, gpus=2),
+    "layouts": Job(("split",), 700, gpus=2),
+}
+ROWS = [row for job in JOBS.values() for row in job.rows]
+
+
+def measure(name: str, rows: list[str], work: Path, sglang: Path, report: Report) -> None:
+    """Do one job, in this process."""
+    table: dict[str, Any] = tomllib.loads(sglang.read_text())["sglang"]
+    from on_gpu import broadcast, runs, serving, training
+
+    doing: dict[str, Callable[[], None]] = {
+        "serving": partial(serving.job, rows, work, table, report),
+        "0.6B": partial(training.job, "0.6B", "local", rows, work, report),
+        "4B": partial(training.job, "4B", "local", rows, work, report),
+        "0.6B-te": partial(training.job, "0.6B", "transformer_engine", rows, work, report),
+        "4B-te": partial(training.job, "4B", "transformer_engine", rows, work, report),
+        "colocate": partial(runs.step, work, sglang, report),
+        "nccl": partial(broadcast.job, work, table, report),
+        "layouts": partial(runs.layouts, work, sglang, report),
+    }
+    doing[name]()
+
+
+def ask(name: str, rows: list[str], work: Path, sglang: Path) -> tuple[list[Row], str]:
+    """What a process of its own reports of a job, and why it ended early, if it did."""
+    told, errors = (work / f"{name}-{time.time_ns()}.{kind}" for kind in ("jsonl", "log"))
+    command = [sys.executable, str(Path(__file__).absolute()), "--job", name, "--only", *rows]
+    command += ["--work", str(work), "--sglang", str(sglang), "--report", str(told)]
+    why = ""
+    with errors.open("w") as file:  # no pipe: what a job leaves behind might hold it open
+        process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        try:
+            status = process.wait(JOBS[name].limit_s)
+        except subprocess.TimeoutExpired:
+            status, why = 0, f"not done within {JOBS[name].limit_s:g} s"
+        finally:
+            with suppress(ProcessLookupError):  # with all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    said = errors.read_text(errors="replace")
+    if status or why:
+        print(said[-6000:], file=sys.stderr, flush=True)
+        last = [text for text in said.splitlines() if text and not text.startswith(" ")]
+        why = why or f"status {status}: {last[-1] if last else 'it said nothing'}"
+    return read(told), why
+
+
+def finish(name: str, wanted: list[str], work: Path, sglang: Path) -> list[Row]:
+    """Every wanted row of a job: what keeps one from being measured keeps no other.
+
+    Where two processes in a row report nothing, the others are given up, too.
+    """
+    done: list[Row] = []
+    left, barren = [row for row in JOBS[name].rows if row in wanted], 0
+    while left:
+        rows, why = ask(name, left, work, sglang)
+        done, barren = done + rows, 0 if rows else barren + 1
+        reported = [row for row in left if row in {found.name for found in rows}]
+        left = [row for row in left if row not in reported]
+        if not (why or left):
+            break
+        lost = [left.pop(0) if left else reported[-1]]  # the row that it was at; its last one may not be whole
+        if barren == 2:
+            lost, left = lost + left, []
+        done += [Row(row, f"{row}: not measured", note=why or "nothing was reported") for row in lost]
+    return done
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    names = ("torch", "megatron-core", "sglang", "transformer-engine", "transformers", "ray")
+    found = {"GPU": torch.cuda.get_device_name(), "GPUs": str(torch.cuda.device_count())}
+    found["python"] = platform.python_version()
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--sglang", type=Path, default=SGLANG, help="a TOML file with the server's arguments")
+    parser.add_argument("--work", type=Path, help="where models and runs are kept; a folder that is deleted otherwise")
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        measure(args.job, args.only, args.work, args.sglang, reporter(args.report))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a job started ends, too
+    import torch
+
+    if not torch.cuda.is_available():
+        print("needs a GPU: nothing was measured")
+        return
+    with tempfile.TemporaryDirectory(prefix="miles-bench-") as folder:
+        work = (args.work or Path(folder)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        table(args.only, work, args.sglang.absolute(), args.out)
+
+
+def table(only: list[str], work: Path, sglang: Path, out: Path | None) -> None:
+    """Job after job; what is known so far is on disk after each."""
+    import torch
+
+    rows: list[Row] = []
+    where = machine()
+    for name, job in JOBS.items():
+        wanted = [row for row in job.rows if row in only]
+        if not wanted:
+            continue
+        if torch.cuda.device_count() < job.gpus:
+            rows += [Row(row, f"{row}: not measured", note="needs two GPUs") for row in wanted]
+        else:
+            rows += finish(name, wanted, work, sglang)
+        if out:
+            write(out, rows, where)
+    print("\n" + "\n".join(map(line, rows)))
+
+
+if __name__ == "__main__":
+    main()

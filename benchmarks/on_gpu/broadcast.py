@@ -1,0 +1,103 @@
+"""Weights from a trainer on one GPU to an engine on another, beside a bare NCCL broadcast of the same bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from miles_core.edges.sglang import SGLang
+from miles_core.edges.sglang.client import SGLangClient
+
+from .models import SHAPES, rank, run_of, write
+from .serving import START_S, engine, prompts, requests
+from .table import Report, Row
+from .training import Miles
+
+SYNCS = 5
+BAR = 0.8
+
+
+def bare(number: int, meeting: str, size: int, result: Any) -> None:
+    """One of two processes that broadcast ``size`` bytes; the median seconds go into ``result``."""
+    torch.cuda.set_device(number)
+    gpu = torch.device("cuda", number)
+    dist.init_process_group("nccl", init_method=meeting, rank=number, world_size=2, device_id=gpu)
+    tensor = torch.zeros(size, dtype=torch.uint8, device=gpu)
+    took = []
+    for _ in range(SYNCS + 2):
+        dist.barrier()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.broadcast(tensor, 0)
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    if not number:
+        result.value = statistics.median(took[2:])
+    dist.destroy_process_group()
+
+
+def bare_seconds(size: int) -> float:
+    fresh = get_context("spawn")
+    result = fresh.Value("d", 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        both = [fresh.Process(target=bare, args=(i, f"file://{folder}/meeting", size, result)) for i in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+    if any(process.exitcode for process in both):
+        raise RuntimeError("the bare broadcast failed")
+    return float(result.value)
+
+
+async def measure(work: Path, table: dict[str, Any], report: Report) -> None:
+    folder, vocab = write(work, "4B"), SHAPES["4B"].vocab
+    run = run_of(folder, "split", rollout={"timeout_s": START_S})
+    plugin = SGLang(SGLang.Config(**table), run)
+    async with engine(plugin, work) as worker:
+        miles = Miles(run, "local")
+        async with asyncio.timeout(START_S):
+            await worker.call("ready")
+        transport = plugin.miles_transport()
+        transport.connect([worker], miles.model.layout)
+        took, size = [], 0.0
+        for version in range(SYNCS + 1):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            await worker.call("begin_update")
+            size = transport.send(miles.model.export(), verify=False)["bytes"]
+            await worker.call("end_update", version + 1)
+            took.append(time.perf_counter() - began)
+        [completion] = await SGLangClient([worker], START_S).generate(requests(prompts(7, vocab, 1), 8))
+        if set(completion.versions) != {SYNCS + 1}:
+            raise ValueError(f"the engine serves version {completion.versions}, not {SYNCS + 1}")
+        transport.close()
+    mine = size / statistics.median(took[1:])  # the first one makes the group and the buckets
+    best = size / bare_seconds(int(size))
+    report(
+        Row(
+            "nccl",
+            f"weight sync, two GPUs, NCCL, {size / 1e9:.1f} GB, everything included",
+            mine / 1e9,
+            "GB/s",
+            best / 1e9,
+            "bare NCCL broadcast",
+            mine / best,
+            f"at least {BAR}",
+            mine / best >= BAR,
+            f"medians of {SYNCS}",
+        )
+    )
+
+
+def job(work: Path, table: dict[str, Any], report: Report) -> None:
+    """The row "nccl". The engine gets the first GPU, so the trainer takes the second."""
+    with rank(gpu=1):
+        asyncio.run(measure(work, table, report))
