@@ -20,7 +20,7 @@ from packaging.version import Version
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"  # `uv pip install` brings an old one up to date in a second
-nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "slow"]
+nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "oracles", "slow"]
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("miles-*/pyproject.toml"))
@@ -31,6 +31,7 @@ BUDGETS = {  # most lines, blank ones and comments too; edges/ and testing/ stan
     "core": (1800, [f"{CORE}/*.py", f"{CORE}/loop/*.py"]),
     "loop": (1200, [f"{CORE}/loop/*.py"]),
 }
+FORMULAS = ("click", "numpy", "packaging", "pluggy", "pydantic", "torch")  # what core's formulas and tables import
 
 
 def project(package: str) -> dict[str, object]:
@@ -48,10 +49,16 @@ def oldest(requirement: Requirement) -> str:
     return next(s.version for s in requirement.specifier if s.operator == ">=")
 
 
-def prepare(session: nox.Session, *what: str, group: str | None = None, silent: bool = True) -> None:
+def prepare(
+    session: nox.Session,
+    *what: str,
+    group: str | None = None,
+    silent: bool = True,
+    constraints: tuple[str, ...] = CONSTRAINTS,
+) -> None:
     """Fill the environment, and make what runs in it use one thread a process and keep its bytecode."""
     tools = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), group) if group else ()
-    session.install(*CONSTRAINTS, *tools, *what, silent=silent)
+    session.install(*constraints, *tools, *what, silent=silent)
     session.env["OMP_NUM_THREADS"] = "1"
     session.env["PYTHONDONTWRITEBYTECODE"] = ""  # torch and Megatron, compiled anew by each process, are slow to import
 
@@ -113,6 +120,23 @@ def floor(session: nox.Session, package: str) -> None:
     prepare(session, "--reinstall-package=miles-core", core, *editable(package), group="test")
     session.install(f"pluggy=={oldest(requirement('miles-core', 'pluggy'))}")
     session.run("pytest", tests_of(package), "tests/contract", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("reference", ["trl", "verl"], ids=["trl", "verl"])
+def oracles(session: nox.Session, reference: str) -> None:
+    """Every formula against a reference's own code, in float64; without Ray and Megatron on our side.
+
+    What a reference needs excludes what the other does, and what the constraints say of these.
+    """
+    loose = Path(session.create_tmp()) / "constraints.txt"
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    theirs = ("transformers", "tokenizers", "huggingface-hub", "packaging")
+    loose.write_text("\n".join(line for line in lines if not line.startswith(theirs)))
+    needs = [str(requirement("miles-core", name)) for name in FORMULAS]
+    prepare(session, reference, *needs, group="test", constraints=("--constraint", str(loose)))
+    session.install("--no-deps", *editable(*PACKAGES))
+    session.run("pytest", f"tests/oracles/{reference}", *session.posargs)
 
 
 @nox.session

@@ -1,0 +1,1 @@
+"""Puts ``cases`` on the path of the tests in every folder here."""
