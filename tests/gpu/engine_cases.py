@@ -91,7 +91,7 @@ def serving(folder: Path, table: dict[str, Any], hang_s: float) -> Iterator[Serv
 
     served: Served = turning.submit(make()).result()
     try:
-        served.live()
+        served.ask("ready")
         yield served
     finally:
         served.ask("close")

@@ -156,7 +156,9 @@ def test_a_step_changes_what_is_sampled(served: Served, one: Trainer, transport:
     one.model.step(lambda norm: None)
     push(served, one, transport, served.version + 1)
     after = served.ask("checksums")
-    assert after.keys() == before.keys() and not [name for name in before if before[name] == after[name]]
+    assert after.keys() == before.keys()
+    # A norm's weight is 1 at first, and the learning rate is less than what bfloat16 can add to that.
+    assert not [name for name in before if before[name] == after[name] and "norm" not in name]
     new = served.generate(requests)
     assert_whole(requests, new, served.version)
     assert apart(one, requests, new) < APART < 5 * APART < apart(one, requests, old)
