@@ -69,6 +69,10 @@ class RolloutTable(Table):
     top_k: int = Field(0, ge=0)  # 0 keeps the whole vocabulary
     stop_tokens: list[int] = []  # beside the tokenizer's end of sequence
     timeout_s: float = Field(600, gt=0)  # an engine that has not answered by then is restarted
+    max_staleness: int = Field(2, ge=0)  # of every token, in versions of the weights; this and the next two: mode async
+    too_old: Literal["regenerate", "drop"] = "regenerate"  # what becomes of a group that waited too long
+    weights: Literal["drain", "retract", "in_place"] = "in_place"  # as new ones arrive, what is under way is finished
+    # before them, goes on with its prompt computed anew, or goes on with what was computed
 
 
 class EvalTable(Table):
@@ -97,7 +101,7 @@ class RunConfig(Table):
     algorithm: str
     plugins: list[str] = []
     use: dict[str, str] = {}  # slot = plugin, where two answer
-    mode: Literal["sync", "overlap"] = "sync"
+    mode: Literal["sync", "overlap", "async"] = "sync"
     steps: int = Field(1000, gt=0)
     seed: int = Field(0, ge=0, lt=2**31)
     run_dir: Location | None = None  # runs/<name of the file's folder or of the file>, from where the command is typed
@@ -112,7 +116,7 @@ class RunConfig(Table):
     @property
     def max_staleness(self) -> int:
         """How many versions older than the newest weights a token may be when it is trained on."""
-        return {"sync": 0, "overlap": 1}[self.mode]
+        return {"sync": 0, "overlap": 1, "async": self.rollout.max_staleness}[self.mode]
 
     @property
     def own(self) -> dict[str, str]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .edges.protocols import Cluster, Engine, Engines, Model, Store, Transport
+    from .edges.protocols import Cluster, Engine, Engines, Model, Queue, Store, Transport
     from .types import Batch, Column, Complain, Group, Loss, Mean, Output, Role, Sample, Weight
 
 Kind = Literal["slot", "first", "merge", "event"]
@@ -71,6 +71,10 @@ class Hooks:
     @hook("slot", "driver")
     def miles_store(self, run_dir: Path) -> Store:
         """What keeps this run's checkpoints."""
+
+    @hook("slot", "driver")
+    def miles_queue(self, run_dir: Path, cluster: Cluster) -> Queue:
+        """Where scored groups wait for the trainer."""
 
     @hook("slot", "driver")
     def miles_engines(self) -> Engines:
@@ -189,6 +193,10 @@ class Hooks:
     @hook("event", "driver")
     def miles_failure(self, process: str, error: str, action: str) -> None:
         """A process died or misbehaved, and what the loop does about it."""
+
+    @hook("event", "driver")
+    def miles_span(self, process: str, doing: str, began: float, ended: float) -> None:
+        """What a process did: sample, reward, train, sync or save, in seconds since the epoch."""
 
     @hook("event", "driver")
     def miles_run_end(self, error: BaseException | None) -> None:

@@ -70,7 +70,7 @@ def test_processes_and_explanation(tiny: Any) -> None:
     local = plugin(tiny("qwen3").folder, {"max_batch": 4, "threads": 2}, placement={"engines": 2})
     engines = local.miles_engines()
     assert [(p.name, p.threads, p.cpus) for p in engines.processes] == [("engine-0", 2, 2.0), ("engine-1", 2, 2.0)]
-    assert engines.processes[0].args == (str(tiny("qwen3").folder), None, 4, 1024)
+    assert engines.processes[0].args == (str(tiny("qwen3").folder), None, 4, 1024, False)
     # 2 layers * 2 (keys, values) * 2 heads * 16 * 4 bytes = 512 bytes a token; 4 * 64 of them
     assert local.miles_explain() == {
         "engines": "2 local, each 4 sequences at once of up to 64 tokens, 0 MiB of KV cache"

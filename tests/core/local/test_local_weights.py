@@ -161,14 +161,45 @@ def test_nothing_is_served_between_begin_and_end(pair: tuple[Any, Any]) -> None:
         await asyncio.sleep(0)
         await engine.begin_update()
         written = engine._batch.generated
-        with pytest.raises(EngineError, match="between begin_update and end_update"):
-            await engine.generate(REQUESTS)
+        asked = asyncio.ensure_future(engine.generate(REQUESTS))
         await asyncio.sleep(0.05)
-        assert engine._batch.generated == written
+        assert engine._batch.generated == written and not asked.done()
         await engine.abort_update()  # nothing had arrived: the old weights are whole
-        assert {v for c in await running for v in c.versions} == {0}
+        assert {v for c in (*await running, *await asked) for v in c.versions} == {0}
 
     asyncio.run(go())
+
+
+def test_retracted_requests_go_on_as_if_new_weights_had_read_them(pair: tuple[Any, Any]) -> None:
+    """Under equal weights they end as they would have; under others, each token's log-probability is the new model's
+    of the whole sequence, which it is not where the keys and values of older tokens were kept."""
+    old, new = pair
+
+    def interrupted(tiny: Any, retract: bool) -> list[Any]:
+        engine = LocalEngine(str(old.folder), None, 8, 64, retract)
+
+        async def go() -> list[Any]:
+            running = asyncio.ensure_future(engine.generate(REQUESTS))
+            while engine._batch.generated < 30:
+                await asyncio.sleep(0)
+            await update(engine, tiny.parameters(), 1)
+            return await running
+
+        return asyncio.run(go())
+
+    whole = asyncio.run(engine_of(old).generate(REQUESTS))
+    assert [c.tokens for c in interrupted(old, True)] == [c.tokens for c in whole]
+    kept, again = interrupted(new, False), interrupted(new, True)
+    gaps = []
+    for done in (kept, again):
+        gap = 0.0
+        for request, completion in zip(REQUESTS, done, strict=True):
+            assert set(completion.versions) == {0, 1}
+            first = completion.versions.index(1)
+            found = new.logprobs(request.tokens, completion.tokens)[first:]
+            gap = max(gap, float((found - torch.tensor(completion.logprobs[first:])).abs().max()))
+        gaps.append(gap)
+    assert gaps[1] < 1e-4 < gaps[0]
 
 
 def test_half_an_update_is_never_served(pair: tuple[Any, Any]) -> None:

@@ -110,7 +110,9 @@ class Model(Protocol):
         """What it takes of this rank's GPU, in words; nothing where there is none."""
         ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Copy what a checkpoint holds; the answer, called in any thread while training goes on, writes it."""
+        ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -127,8 +129,9 @@ class RunState:
     """All that the driver needs to go on from where it stopped; the ranks keep theirs beside it."""
 
     step: int = 0
-    cursor: int = 0  # prompts taken from the data
-    waiting: list[tuple[list[Group], dict[str, float]]] = field(default_factory=list)  # sampled for later steps
+    position: int = 0  # in the ledger
+    ripe: list[int] = field(default_factory=list)  # groups in the queue, or taken from it for the next step
+    dropped: list[Group] = field(default_factory=list)  # sampled with them, and not told of in any step's metrics yet
     plugins: dict[str, Any] = field(default_factory=dict)  # what miles_state answered
     seconds: float = 0.0  # of this run, over every process that worked on it
 
@@ -146,6 +149,10 @@ class Store(Protocol):
 
     def commit(self, folder: Path, state: RunState) -> Path:
         """Make it whole and durable, then forget the oldest ones; returns its final place."""
+        ...
+
+    def ledger(self, say: Callable[[str], None]) -> Ledger:
+        """This run's, as its last process left it."""
         ...
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, RunState] | None:

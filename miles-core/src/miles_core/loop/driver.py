@@ -1,34 +1,33 @@
 """The driver: turns the loop, holds no tensor, uses no GPU.
 
-    prompts ─▶ rollouts ─▶ ready ─▶ steps ─▶ weights ─┐
+    prompts ─▶ rollouts ─▶ queue ─▶ steps ─▶ weights ─┐
                   ▲                                   │
-                  └───────────── Weights ◀────────────┘
+                  └──────────── Admission ◀───────────┘
 
-With ``max_staleness`` 0 the two take turns, with 1 they overlap by one step; nothing else differs. Weights move, and
-checkpoints are written, only while ``rollouts`` rests: a run that is resumed goes on with the very same groups.
+With ``max_staleness`` 0 the two take turns, with 1 they overlap by one step; there, weights move and checkpoints are
+written only while rollouts rest, and a run that is resumed goes on with the very same groups. Streaming, neither waits
+for the other longer than staleness demands; nothing else differs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator
-from itertools import count, islice
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
 from ..edges.protocols import RunState, Store, WorkerDied, both, everyone
 from ..plugins import Manifest, Registry
 from ..types import Group, Refused, Sample
 from .fleet import Fleet, start
+from .rollouts import Rollouts
 
 Ready = tuple[list[Group], dict[str, float], Any]  # a step's groups, their metrics, and what the ranks train on
-PATIENCE = 50  # waves of prompts without one group to train on, before the run is called hopeless
+Trained = tuple[dict[str, float], list[Group], float]  # metrics of a step, its groups, and when that was done
 
 
 async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
@@ -42,60 +41,55 @@ async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
         hooks.progress(text=f"the run found in {run_dir} is now in {aside}")
     (run_dir / "config.json").write_text(json.dumps(manifest.tables, indent=1))
     (run_dir / "manifest.json").write_text(json.dumps({"miles-core": manifest.core} | manifest.versions, indent=1))
-    found = store.newest(lambda text: hooks.progress(text=text)) if resume else None
-    error, cluster = None, hooks.cluster(run_dir=run_dir)
+    error, saved = None, -1
     try:
-        loop = Loop(hooks.run, hooks, await start(manifest, hooks, cluster), store, run_dir)
-        await loop.restore(found)
-        await loop.turn()
+        while (saved := await attempt(manifest, hooks, store, run_dir, resume, saved)) is not None:
+            resume = True
     except BaseException as caught:
         if isinstance(error := caught, WorkerDied):
             hooks.failure(process="", error=str(caught), action="the run stops; miles run --resume goes on from here")
         raise
     finally:
-        try:
-            hooks.run_end(error=error)
-        finally:
-            await cluster.close()
+        hooks.run_end(error=error)
 
 
-class Weights:
-    """The version in the engines, who waits for the next one, and who waits for them to wait."""
+async def attempt(
+    manifest: Manifest, hooks: Registry, store: Store, run_dir: Path, resume: bool, saved: int
+) -> int | None:
+    """Start every process, and go on to the last step. Where one dies whose work no other can take over, and there is
+    a checkpoint newer than ``saved``, all of them end: returns the step of that checkpoint.
+    """
 
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self._moved = asyncio.Event()
-        self.resting = asyncio.Event()  # whoever samples waits for weights that are not there yet, or is done
-        self._wanted: float = version  # what ``reach`` waits for
+    def say(text: str) -> None:
+        hooks.progress(text=text)
 
-    async def reach(self, version: int) -> None:
-        """Wait for the weights to be at ``version`` or beyond."""
-        self._wanted = version
-        while self.version < version:
-            self._moved.clear()
-            self.resting.set()
-            await self._moved.wait()
-        self.resting.clear()
-
-    def rest(self) -> None:
-        """Nothing is left to sample."""
-        self._wanted = math.inf
-        self.resting.set()
-
-    def move(self, version: int) -> None:
-        self.version = version
-        if version >= self._wanted:  # who waited goes on, and does not rest from this moment
-            self.resting.clear()
-        self._moved.set()
+    cluster, loop = hooks.cluster(run_dir=run_dir), None
+    found = store.newest(say) if resume else None
+    try:
+        fleet, queue = await start(manifest, hooks, cluster), hooks.queue(run_dir=run_dir, cluster=cluster)
+        loop = Loop(hooks, fleet, store, Rollouts(hooks, fleet, store.ledger(say), queue), run_dir)
+        await loop.restore(found)
+        await loop.turn()
+        return None
+    except WorkerDied as died:
+        if loop is None or loop.rollouts.saved <= saved:
+            raise
+        action = f"every process starts anew, and goes on after step {loop.rollouts.saved}"
+        hooks.failure(process="", error=str(died), action=action)
+        return loop.rollouts.saved
+    finally:
+        if loop:
+            await loop.close()
+        await cluster.close()
 
 
 class Loop:
-    def __init__(self, run: RunConfig, hooks: Registry, fleet: Fleet, store: Store, run_dir: Path) -> None:
-        self.run, self.hooks, self.fleet, self.store, self.run_dir = run, hooks, fleet, store, run_dir
-        self.state, self.weights = RunState(), Weights(0)
-        self.ready: asyncio.Queue[Ready] = asyncio.Queue()
-        self.ahead: tuple[float, asyncio.Task[tuple[dict[str, float], float]]] | None = None  # the next step's training
-        self.prompts: Iterator[Sample] = iter(())
+    def __init__(self, hooks: Registry, fleet: Fleet, store: Store, rollouts: Rollouts, run_dir: Path) -> None:
+        self.run, self.hooks, self.fleet, self.store, self.rollouts = hooks.run, hooks, fleet, store, rollouts
+        self.run_dir, self.state = run_dir, RunState()
+        self.ahead: tuple[float, asyncio.Task[Trained]] | None = None  # the next step's training
+        self.next: asyncio.Task[Ready] | None = None  # the next step's groups, within reach of the ranks
+        self.saving: asyncio.Task[None] | None = None
 
     async def restore(self, found: tuple[Path, RunState] | None) -> None:
         """Put every process where the checkpoint left it, and the engines at the trainer's weights."""
@@ -104,111 +98,78 @@ class Loop:
             await everyone(self.fleet.trainers, "load", str(folder))
             self.hooks.restore(state=self.state.plugins)
             self.hooks.progress(text=f"going on after step {self.state.step}, from {folder}")
-        for groups, metrics in self.state.waiting:
-            await self.hand(groups, metrics)
-        self.prompts = self.hooks.prompts(split="train", start=self.state.cursor)
-        self.weights = Weights(self.state.step)
-        await self.fleet.push(self.state.step, verify=True)  # also proves, before any step, that weights arrive
+        await self.rollouts.restore(self.state)
+        self.fleet.asked = self.state.step
+        await self.fleet.push(verify=True)  # also proves, before any step, that weights arrive
         self.began = time.perf_counter() - self.state.seconds
 
     async def turn(self) -> None:
-        """Both coroutines, until the last step is done."""
+        """Rollouts and steps, until the last step is done."""
         self.hooks.run_start(run_dir=self.run_dir, step=self.state.step)
         if self.run.eval.every and not self.state.step:
             self.hooks.step_end(step=0, metrics=await self.evaluate(0) | {"time_s": 0.0})
-        await both(asyncio.ensure_future(self.rollouts()), asyncio.ensure_future(self.steps()))
-
-    # -- rollouts ------------------------------------------------------------------------------------------------
-    async def rollouts(self) -> None:
-        """Consumes prompts, produces groups, step after step. Waits for weights new enough. Unblocked by ``steps``."""
-        for step in range(self.state.step + 1 + self.ready.qsize(), self.run.steps + 1):
-            await self.weights.reach(step - 1 - self.run.max_staleness)
-            await self.hand(*await self.gather(step))
-        self.weights.rest()
-
-    async def hand(self, groups: list[Group], metrics: dict[str, float]) -> None:
-        """Queue a step's groups, packed and within reach of the ranks, so that a free trainer waits for nothing."""
-        packed = await self.fleet.share(self.updates(groups, self.run.batch.updates), self.run.batch.micro_tokens)
-        self.ready.put_nowait((groups, metrics, packed))
-
-    async def gather(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        """The groups of one step: those dropped are replaced by other prompts until there are enough."""
-        kept: list[Group] = []
-        dropped: Counter[str] = Counter()
-        times: dict[str, float] = {}
-        seen: list[Group] = []
-        for wave in count(1):
-            fresh = [self.next_group() for _ in range(self.run.batch.groups - len(kept))]
-            groups, seconds = await self.fleet.roll(fresh)
-            times = {name: times.get(name, 0.0) + spent for name, spent in seconds.items()}
-            seen += groups
-            for group in groups:
-                reason = self.hooks.drop_group(group=group)
-                self.hooks.group_end(group=group, dropped=reason)
-                if reason is None:
-                    kept.append(group)
-                else:
-                    dropped[reason] += 1
-            if len(kept) == self.run.batch.groups:
-                metrics: dict[str, float] = self.hooks.metrics(step=step, groups=seen, evaluating=False)
-                self.score(kept)
-                return kept, metrics | times | {"rollout/dropped_groups": float(dropped.total())}
-            if wave == PATIENCE and not kept:
-                why = ", ".join(f"{n} because {reason}" for reason, n in dropped.items())
-                raise Refused(f"no group was worth training on in {dropped.total()} prompts: {why}")
-        raise AssertionError
-
-    def score(self, groups: list[Group]) -> None:
-        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
-            for sample, score in zip(group.samples, scores, strict=True):
-                sample.score = score
-
-    def next_group(self) -> Group:
-        sample = next(self.prompts, None)
-        if sample is None:
-            raise Refused(f"the training prompts ended after {self.state.cursor}; the run needs more for its steps")
-        self.state.cursor += 1
-        return Group(self.state.cursor, [sample])
+        await both(asyncio.ensure_future(self.rollouts.turn()), asyncio.ensure_future(self.steps()))
 
     # -- steps ---------------------------------------------------------------------------------------------------
     async def steps(self) -> None:
         """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
         told = time.perf_counter()
+        self.next = asyncio.ensure_future(self.gather(self.state.step + 1))
         for step in range(self.state.step + 1, self.run.steps + 1):
-            free, training = self.ahead or (told, asyncio.ensure_future(self.train(step, await self.ready.get())))
+            free, training = self.ahead or (told, asyncio.ensure_future(self.train(step, await self.next)))
             fed, self.ahead = time.perf_counter(), None
-            saves = self.due(self.run.checkpoint.every, step) or step == self.run.steps
+            if self.saving and self.saving.done():
+                await self.saved()  # raises what went wrong with it, now and not at the next one
+            last = step == self.run.steps
+            self.next = None if last else asyncio.ensure_future(self.gather(step + 1))
+            saves = self.due(self.run.checkpoint.every, step) or last
             moving = asyncio.ensure_future(self.move(step, goes_on=not saves))
-            (metrics, trained), (moved, rested, served) = await both(training, moving)
+            (metrics, groups, trained), (moved, rested, served) = await both(training, moving)
             waited = max(fed - max(told, free), 0.0) + max(rested - trained, 0.0)
             metrics |= moved | {"time/sync": max(served - max(rested, trained), 0.0), "weight_version": float(step)}
             if self.due(self.run.eval.every, step):
                 metrics |= await self.evaluate(step)
             self.state.step, self.state.seconds = step, time.perf_counter() - self.began
+            await self.rollouts.trained(step, groups)
             folder = await self.save(metrics) if saves else None
             began, told = told, time.perf_counter()  # a step lasts from one line of metrics to the next
             metrics |= self.times(metrics, waited, told - began, began - free)
             self.hooks.step_end(step=step, metrics=metrics)
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
-                self.hooks.saved(step=step, folder=self.store.commit(folder, self.state))
-            self.weights.move(step)
+                self.saving = asyncio.ensure_future(self.commit(folder, replace(self.state)))
+            await self.rollouts.move(step)
         await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
+        await self.saved()
         self.hooks.progress(text=f"the trained model is in {self.run_dir / 'model'}")
 
-    async def train(self, step: int, ready: Ready) -> tuple[dict[str, float], float]:
-        """Train on a step's groups; its metrics so far, and when that was done."""
-        return ready[1] | await self.fleet.train(step, ready[2]), time.perf_counter()
+    async def gather(self, step: int) -> Ready:
+        """A step's groups, scored, packed and within reach of the ranks, so that a free trainer waits for nothing."""
+        groups, metrics = await self.rollouts.take(step)
+        self.score(groups)
+        packed = await self.fleet.share(self.updates(groups, self.run.batch.updates), self.run.batch.micro_tokens)
+        return groups, metrics, packed
+
+    async def train(self, step: int, ready: Ready) -> Trained:
+        """Train on a step's groups; its metrics so far, the groups, and when that was done."""
+        groups, metrics, packed = ready
+        return metrics | await self.fleet.train(step, packed), groups, time.perf_counter()
 
     async def move(self, step: int, goes_on: bool) -> tuple[dict[str, float], float, float]:
         """Have the step's weights sent, behind its training, to engines at rest, and then the next step trained."""
 
         def sent() -> None:
-            if goes_on and not self.ready.empty():
-                self.ahead = time.perf_counter(), asyncio.ensure_future(self.train(step + 1, self.ready.get_nowait()))
+            if goes_on and self.next and self.next.done() and not self.next.exception():
+                now, ready = time.perf_counter(), self.next.result()
+                self.ahead = now, asyncio.ensure_future(self.train(step + 1, ready))
 
-        await self.weights.resting.wait()
+        await self.rollouts.rest()
         rested = time.perf_counter()
-        return await self.fleet.push(step, verify=False, sent=sent), rested, time.perf_counter()
+        return await self.fleet.push(verify=False, sent=sent), rested, time.perf_counter()
+
+    def score(self, groups: list[Group]) -> None:
+        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
+            for sample, score in zip(group.samples, scores, strict=True):
+                sample.score = score
 
     def updates(self, groups: list[Group], n: int) -> list[list[list[Sample]]]:
         """The groups' samples as units, dealt into ``n`` optimizer updates by whole groups."""
@@ -229,7 +190,7 @@ class Loop:
         groups = [Group(i, [sample]) for i, sample in enumerate(prompts)]
         if not groups:
             raise Refused("eval.every is set, but there are no held-out prompts")
-        groups, _ = await self.fleet.roll(groups, evaluating=True)
+        groups = await self.rollouts.evaluate(groups)
         metrics: dict[str, float]
         if self.run.placement.engines:
             metrics = self.hooks.metrics(step=step, groups=groups, evaluating=True)
@@ -237,21 +198,39 @@ class Loop:
         else:
             self.score(groups)
             packed = await self.fleet.share(self.updates(groups, 1), self.run.batch.micro_tokens)
-            metrics = {f"eval/{name}": value for name, value in (await self.fleet.evaluate(packed)).items()}
+            metrics = {f"eval/{name}": value for name, value in (await self.fleet.score(packed)).items()}
         return metrics | {"time/eval": time.perf_counter() - began}
 
     async def save(self, metrics: dict[str, float]) -> Path:
-        """Write a checkpoint that does not count yet."""
+        """Have a checkpoint written, which does not count before ``commit``; ranks only stop to copy what is in it."""
         began = time.perf_counter()
+        await self.saved()
         folder = self.store.begin(self.state.step)
         await everyone(self.fleet.trainers, "save", str(folder))
-        items = [self.ready.get_nowait() for _ in range(self.ready.qsize())]
-        for item in items:
-            self.ready.put_nowait(item)
-        self.state.waiting = [(groups, metrics) for groups, metrics, _ in items]
+        self.rollouts.save(self.state)
         self.state.plugins = self.hooks.state()
         metrics["time/checkpoint"] = time.perf_counter() - began
         return folder
+
+    async def commit(self, folder: Path, state: RunState) -> None:
+        """Once it is written, and all that it stands on is durable, a checkpoint counts."""
+        await everyone(self.fleet.trainers, "saved")
+        await self.rollouts.sync()
+        self.hooks.saved(step=state.step, folder=await asyncio.to_thread(self.store.commit, folder, state))
+        await self.rollouts.acknowledge(state.step)
+
+    async def close(self) -> None:
+        for task in (self.next, self.saving, self.ahead and self.ahead[1]):
+            if task:
+                task.cancel()
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
+        await self.rollouts.close()
+
+    async def saved(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        if self.saving:
+            await self.saving
+            self.saving = None
 
     def times(self, metrics: dict[str, float], waited: float, wall: float, ahead: float) -> dict[str, float]:
         """Where the time went. ``time/ahead`` of the training was before the step's own time; ``time/other``, the

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..edges.protocols import Cluster, Engines, Process, Worker, everyone
+from ..edges.protocols import Cluster, Engines, Process, Worker, WorkerDied, everyone
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
 from .batch import Unit, count, distribute, pack
@@ -25,19 +25,21 @@ class Fleet:
     apart: list[list[Worker]]  # the teams of roles that have ranks of their own, as many as ``ranks``
     columns: dict[str, Column]
     turns: bool  # engines give their memory to the trainers for the length of a step's training
+    spec: Spec
+    asked: int = 0  # the last step that the ranks were asked to train
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # until every rank is asked to train
+    healing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def trainers(self) -> list[Worker]:
         return [*self.ranks, *(worker for team in self.apart for worker in team)]
 
-    async def roll(self, groups: list[Group], evaluating: bool = False) -> tuple[list[Group], dict[str, float]]:
-        """Sample and reward ``groups``, split evenly over the rollout workers; seconds of the slowest."""
+    async def evaluate(self, groups: list[Group]) -> list[Group]:
+        """Sample and reward held-out prompts, split evenly over the rollout workers."""
         share = -(-len(groups) // len(self.rollouts))
         asked = zip(self.rollouts, (groups[i : i + share] for i in range(0, len(groups), share)), strict=False)
-        answers = await asyncio.gather(*(worker.call("roll", part, evaluating) for worker, part in asked))
-        seconds = {f"time/{kind}": max(took[kind] for _, took in answers) for kind in ("sample", "reward")}
-        return [group for part, _ in answers for group in part], seconds
+        answers = await asyncio.gather(*(worker.call("evaluate", part) for worker, part in asked))
+        return [group for part in answers for group in part]
 
     async def share(self, updates: list[list[Unit]], budget: int) -> Any:
         """A step's updates, packed for the data-parallel ranks, where every rank can read them."""
@@ -55,10 +57,10 @@ class Fleet:
         async with self.asking:
             if self.turns:
                 await everyone(self.engines, "begin_update")
-            teams, given = [self.ranks, *self.apart], await self._given(payload)
+            teams, given, self.asked = [self.ranks, *self.apart], await self._given(payload), step
         return self._total(await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams)))
 
-    async def evaluate(self, payload: Any) -> dict[str, float]:
+    async def score(self, payload: Any) -> dict[str, float]:
         """The metrics of one update that nothing learns from."""
         return self._total([await everyone(self.ranks, "evaluate", payload, await self._given(payload))])
 
@@ -89,10 +91,11 @@ class Fleet:
                 metrics[name] = max([metrics.get(name, 0.0), *values]) if shared else sum(values)
         return metrics
 
-    async def push(self, version: int, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
+    async def push(self, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
         the training they were asked for before, and can be asked for more when ``sent`` is called."""
         async with self.asking:
+            version = self.asked
             await everyone(self.engines, "begin_update")
         try:
             answers = await everyone(self.ranks, "push", verify)
@@ -102,6 +105,40 @@ class Fleet:
             await asyncio.gather(*(e.call("abort_update", timeout=5) for e in self.engines), return_exceptions=True)
             raise
         return {"sync/bytes": sum(answer.get("bytes", 0.0) for answer in answers)}
+
+    # -- processes that die --------------------------------------------------------------------------------------
+    async def replace_rollout(self, i: int) -> None:
+        """Another rollout worker in the place of one that is gone."""
+        args = (self.spec.manifest, self.engines, self.spec.engines.client)
+        self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
+
+    async def heal(self) -> list[tuple[str, str]]:
+        """Replace engines that are gone, and give whole weights to those that lack them. Returns who, and why."""
+        async with self.healing:
+            told, lacking = list[tuple[str, str]](), False
+            states = await asyncio.gather(*(e.call("health") for e in self.engines), return_exceptions=True)
+            for i, state in enumerate(states):
+                if isinstance(state, WorkerDied):
+                    told.append((self.engines[i].name, str(state)))
+                    self.engines[i] = await self.cluster.start(self.spec.engines.processes[i])
+                elif isinstance(state, BaseException):
+                    raise state
+                lacking |= not isinstance(state, WorkerDied) and bool(state.get("stale"))
+            if told:
+                await everyone(self.engines, "ready")
+                await everyone(self.ranks, "connect", self.engines)
+                await asyncio.gather(*(worker.call("connect", self.engines) for worker in self.rollouts))
+            if told or lacking:
+                await self.push(verify=False)
+            return told
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What processes are started from, and again where they die."""
+
+    manifest: Manifest
+    engines: Engines
 
 
 async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
@@ -135,4 +172,4 @@ async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
     for text in dict.fromkeys(filter(None, told)):
         hooks.progress(text=text)
     apart = [workers for workers, _ in others]
-    return Fleet(cluster, trained, layouts, served, rolling, apart, columns, turns)
+    return Fleet(cluster, trained, layouts, served, rolling, apart, columns, turns, Spec(manifest, engines))

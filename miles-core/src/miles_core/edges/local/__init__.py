@@ -64,7 +64,8 @@ class Local(Plugin):
 
     @hookimpl
     def miles_engines(self) -> Engines:
-        args = (str(self.run.model.path), self.run.model.context, self.config.max_batch, self.config.kv_mib)
+        sizes = (self.run.model.context, self.config.max_batch, self.config.kv_mib)
+        args = (str(self.run.model.path), *sizes, self.run.mode == "async" and self.run.rollout.weights == "retract")
         processes = [
             Process(
                 name=f"engine-{i}",

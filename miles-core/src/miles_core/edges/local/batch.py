@@ -116,6 +116,14 @@ class Batch:
         with torch.inference_mode():
             self._drop([(row, "abort") for row in chosen if row.place >= 0])
 
+    def retract(self) -> None:
+        """Have every row wait again, before all others: its prompt and what was written are computed anew."""
+        for row in reversed(self.rows):
+            row.place, row.prompt = -1, (*row.request.tokens, *row.tokens)
+            self.waiting.appendleft(row)
+        self.rows.clear()
+        self._prompts.clear()
+
     def fail(self, error: Exception) -> None:
         """Give up every request, and forget what was computed for them."""
         for row in (*self.rows, *self.waiting):
@@ -174,7 +182,8 @@ class Batch:
         first, last = rows[0].place, rows[-1].place
         self._positions[first : last + 1] = [len(row.prompt) - 1 for row in rows]
         requests = [row.request for row in rows]
-        self._sampler.put(first, [request.sampling for request in requests], [request.seed for request in requests])
+        samplings, seeds = [request.sampling for request in requests], [request.seed for request in requests]
+        self._sampler.put(first, samplings, seeds, [len(row.tokens) for row in rows])
 
     def _share(self, rows: list[Row]) -> None:
         """Copy prompts that another row has already."""

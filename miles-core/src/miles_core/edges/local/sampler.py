@@ -28,15 +28,16 @@ class Sampler:
         self._top_k = np.zeros(rows, np.int64)
         self._state = np.zeros(rows, np.uint64)
 
-    def put(self, start: int, samplings: list[Sampling], seeds: list[int]) -> None:
-        """Give the rows from ``start`` on to new requests."""
+    def put(self, start: int, samplings: list[Sampling], seeds: list[int], drawn: list[int] | None = None) -> None:
+        """Give the rows from ``start`` on to requests; ``drawn`` says how many numbers each has drawn before."""
         rows = slice(start, start + len(seeds))
         self._kind[rows] = [_kind(sampling) for sampling in samplings]
         self._scale[rows] = [1.0 / (sampling.temperature or 1.0) for sampling in samplings]
         self._top_p[rows] = [sampling.top_p for sampling in samplings]
         self._top_k[rows] = [sampling.top_k for sampling in samplings]
         # Mixed once, so that the streams of seeds 1 and 2 are not one stream, shifted.
-        self._state[rows] = _mix(np.array([seed % 2**64 for seed in seeds], np.uint64))
+        mixed = _mix(np.array([seed % 2**64 for seed in seeds], np.uint64))
+        self._state[rows] = mixed + _GAMMA * np.array(drawn or [0] * len(seeds), np.uint64)
 
     def move(self, sources: list[int], rows: list[int]) -> None:
         """What is in rows ``sources`` goes on in ``rows``."""

@@ -22,11 +22,11 @@ class LocalEngine:
     """Methods run in one event loop; a token step never overlaps with any of them.
 
     Weights are served whole or not at all: from ``begin_update`` on no token is written until ``end_update`` found
-    that every tensor arrived exactly once. Requests in flight wait meanwhile and go on with the new weights, their
-    older tokens' keys and values kept; new requests are refused.
+    that every tensor arrived exactly once. Requests wait meanwhile; those in flight go on with the new weights, with
+    the keys and values of their older tokens kept, or computed anew where the engine is to ``retract``.
     """
 
-    def __init__(self, path: str, context: int | None, max_batch: int, kv_mib: int) -> None:
+    def __init__(self, path: str, context: int | None, max_batch: int, kv_mib: int, retract: bool = False) -> None:
         """Load the weights of the model folder ``path`` as version 0. Raises EngineError when they are not whole."""
         arch = architecture(read_config(Path(path)))
         context = context or arch.context
@@ -35,6 +35,7 @@ class LocalEngine:
         self._batch = Batch(Decoder(self._weights, max(1, rows_of(arch, context, max_batch, kv_mib)), context))
         self._version = 0
         self._paused = self._updating = False
+        self._retract = retract
         self._broken = ""  # why the weights cannot be served
         self._arrived: dict[str, int] = {}  # how often, in this update
         self._turning: asyncio.Task[None] | None = None
@@ -50,9 +51,7 @@ class LocalEngine:
 
         Raises EngineError when the engine has no whole weights, or a request cannot be answered: then none of them is.
         """
-        if self._updating:
-            raise EngineError("the engine is between begin_update and end_update and serves nothing")
-        if self._broken:
+        if self._broken and not self._updating:
             raise EngineError(self._broken)
         futures: list[asyncio.Future[Completion]] = []
         try:
@@ -77,10 +76,11 @@ class LocalEngine:
         self._wake()
 
     async def health(self) -> dict[str, Any]:
-        """``version``, requests ``running`` and ``waiting``, and ``tokens`` written since the engine started."""
+        """``version``, whether only whole weights help (``stale``), requests ``running`` and ``waiting``, and ``tokens`` written since the engine started."""
         batch = self._batch
         return {
             "version": self._version,
+            "stale": bool(self._broken) and not self._updating,
             "running": len(batch.rows),
             "waiting": len(batch.waiting),
             "tokens": batch.generated,
@@ -110,6 +110,8 @@ class LocalEngine:
 
     async def begin_update(self) -> None:
         """Stop writing tokens and expect every tensor of the model, through ``load``."""
+        if self._retract and not self._updating:
+            self._batch.retract()
         self._updating, self._arrived = True, {}
 
     async def load(self, bucket: Bucket) -> dict[str, int]:

@@ -1,0 +1,319 @@
+"""Prompts out to the rollout workers, scored groups into the queue, as many at once as staleness allows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..edges.protocols import EngineError, Ledger, Queue, RunState, Worker, WorkerDied
+from ..plugins import Registry
+from ..types import Group, Refused, Sample
+from .fleet import Fleet
+from .rollout import Rolled
+
+PATIENCE = 50  # steps' worth of prompts without one group to train on, before the run is called hopeless
+TRIES = 5  # failures of engines in a row, before they are the run's
+
+
+@dataclass(slots=True)
+class Admission:
+    """How many groups may be sampled now, so that none is too old when its turn to be trained on comes.
+
+    Of ``version`` weights, ``most`` = (version + 1 + staleness) x groups may ever have been kept or be under way. In
+    turns, and overlapped, a step's groups are sampled in waves, each begun when all of the one before it is back: a
+    run that is resumed samples the very same. Streaming, whoever is done makes room.
+    """
+
+    groups: int  # a step trains on
+    steps: int  # of the run
+    staleness: int
+    streaming: bool
+    version: int = 0
+    used: int = 0  # groups that were kept, whether trained on or queued
+    flying: int = 0
+    draining: bool = False  # weights are about to move, and nothing is to be under way then
+
+    @property
+    def room(self) -> int:
+        most = min(self.steps, self.version + 1 + self.staleness) * self.groups
+        if self.streaming:
+            return 0 if self.draining else max(most - self.used - self.flying, 0)
+        return 0 if self.flying else min(most - self.used, self.groups - self.used % self.groups)
+
+    @property
+    def rests(self) -> bool:
+        """Nothing is under way, and nothing will be before the weights move."""
+        return not (self.flying or self.room)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was sampled since a step's groups were last taken."""
+
+    dropped: list[Group] = field(default_factory=list)
+    waves: dict[int, tuple[float, float]] = field(default_factory=dict)  # seconds until sampled, and until rewarded
+
+    def times(self, streaming: bool) -> dict[str, float]:
+        """Of the waves, one after another; streaming they overlap, and their mean says how long one group takes."""
+        share = len(self.waves) if streaming and self.waves else 1
+        sampled = sum(sampled for sampled, _ in self.waves.values())
+        done = sum(done for _, done in self.waves.values())
+        return {"time/sample": sampled / share, "time/reward": (done - sampled) / share}
+
+
+class Rollouts:
+    """Every prompt from the ledger to the queue. ``take`` is how the trainer gets a step's groups."""
+
+    def __init__(self, hooks: Registry, fleet: Fleet, ledger: Ledger, queue: Queue) -> None:
+        self.run, self.hooks, self.fleet, self.ledger, self.queue = run, *_ = hooks.run, hooks, fleet, ledger, queue
+        streaming = run.mode == "async"
+        self.admission = Admission(run.batch.groups, run.steps, run.max_staleness, streaming)
+        self.ripe: dict[int, int] = {}  # groups in the queue: id, and the oldest version in it
+        self.seen, self._before = Seen(), Seen()  # since a step's groups were last taken, and before
+        self._taken: list[int] = []  # groups of the step that was last taken, until it is trained
+        self._spent: dict[int, int] = {}  # groups that may have to be trained on again: id, and the step they were of
+        self.saved = 0  # the step of the newest checkpoint
+        self._flying: dict[int, tuple[str, int]] = {}  # id: the worker that has it, and the wave it belongs to
+        self._prompts: tuple[int, Iterator[Sample]] = 0, iter(())  # how many the iterator has given, or skipped
+        self._wave = self._failures = self._fruitless = 0
+        self._changed = asyncio.Condition()
+
+    async def restore(self, state: RunState) -> None:
+        """Put queue and ledger where the checkpoint left them. What survived and is not of later weights is kept."""
+        found = await self.queue.open()
+        groups = await self.queue.get(list(found))
+        kept = {group.id: min(versions(group, state.step)) for group in groups if newest(group) <= state.step}
+        if not self.admission.streaming:  # a step's groups are whole waves, or the resumed run would be another one
+            kept = {id: kept[id] for id in kept.keys() & state.ripe}
+        self.ledger.rewind(state.position, state.step, kept)
+        self.ripe = {id: age for id, age in kept.items() if self.ledger.where(id) == "queue"}
+        await self.queue.forget([id for id in found if id not in self.ripe])
+        self.admission.version = self.saved = state.step
+        self.seen.dropped = state.dropped
+        self.admission.used = state.step * self.run.batch.groups + len(self.ripe)
+
+    # -- out -----------------------------------------------------------------------------------------------------
+    async def turn(self) -> None:
+        """Consumes prompts, produces groups. Waits for room, which weights that move and groups that fail make."""
+        parts = [self._lead(), self._watch(), *(self._collect(i) for i in range(len(self.fleet.rollouts)))]
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _lead(self) -> None:
+        """Fill what room there is, until the last weights are there."""
+        admission = self.admission
+        while admission.version < admission.steps:
+            async with self._changed:
+                await self._changed.wait_for(lambda: admission.room or admission.version == admission.steps)
+            await self._send(admission.room)
+
+    async def _send(self, n: int) -> None:
+        """Lease ``n`` prompts to the workers, least load first, and have each begin its share at once."""
+        self._wave += 1
+        load = Counter({worker.name: 0 for worker in self.fleet.rollouts})
+        load.update(name for name, _ in self._flying.values())
+        shares: dict[str, list[Group]] = {worker.name: [] for worker in self.fleet.rollouts}
+        for _ in range(n):
+            name = min(load, key=load.__getitem__)
+            id = self.ledger.next()
+            shares[name].append(Group(id, [self._prompt(id)]))
+            self.ledger.lease([id], name)
+            load[name] += 1
+            self._flying[id] = name, self._wave
+        self.admission.flying = len(self._flying)
+        asked = [(w, shares[w.name]) for w in self.fleet.rollouts if shares[w.name]]
+        await asyncio.gather(*(self._begin(worker, share) for worker, share in asked))
+
+    async def _begin(self, worker: Worker, groups: list[Group]) -> None:
+        try:
+            await worker.call("begin", groups)
+        except WorkerDied:
+            pass  # who collects from it finds that out, too, and takes back what it had
+
+    def _prompt(self, id: int) -> Sample:
+        at, prompts = self._prompts
+        if id != at + 1:
+            prompts = self.hooks.prompts(split="train", start=id - 1)
+        sample = next(prompts, None)
+        if sample is None:
+            raise Refused(f"the training prompts ended after {id - 1}; the run needs more for its steps")
+        self._prompts = id, prompts
+        return sample
+
+    # -- back ----------------------------------------------------------------------------------------------------
+    async def _collect(self, i: int) -> None:
+        """Consumes what one worker is done with, and replaces a worker that died."""
+        while True:
+            worker = self.fleet.rollouts[i]
+            try:
+                for rolled in await worker.call("collect"):
+                    await self._came(worker.name, rolled)
+            except WorkerDied as died:
+                lost = [id for id, (name, _) in self._flying.items() if name == worker.name]
+                self.hooks.failure(
+                    process=worker.name, error=str(died), action=f"replaced; {len(lost)} groups are sampled again"
+                )
+                await self.fleet.replace_rollout(i)
+                await self._back(lost, f"{worker.name} died")
+
+    async def _came(self, name: str, rolled: Rolled) -> None:
+        id, wave = rolled.id, self._flying[rolled.id][1]
+        if rolled.group is None:
+            await self._failed(id, rolled.error)
+            return
+        self._failures = 0
+        began = rolled.ended - rolled.done
+        self.hooks.span(process=name, doing="sample", began=began, ended=began + rolled.sampled)
+        self.hooks.span(process=name, doing="reward", began=began + rolled.sampled, ended=rolled.ended)
+        group, (sampled, done) = rolled.group, self.seen.waves.get(wave, (0.0, 0.0))
+        self.seen.waves[wave] = max(sampled, rolled.sampled), max(done, rolled.done)
+        reason = self.hooks.drop_group(group=group)
+        self.hooks.group_end(group=group, dropped=reason)
+        self._fruitless = self._fruitless + 1 if reason else 0
+        if reason is None:
+            await self.queue.put(id, group)
+            self.ledger.queue([id])
+            self.ripe[id] = min(versions(group, self.admission.version))
+            self.admission.used += 1
+        else:
+            self.ledger.drop([id], reason)
+            self.seen.dropped.append(group)
+        if self._fruitless >= PATIENCE * self.run.batch.groups:
+            raise Refused(f"no group was worth training on in {self._fruitless} prompts; the last one: {reason}")
+        del self._flying[id]
+        await self._tell()
+
+    async def _failed(self, id: int, error: str) -> None:
+        """An engine failed a group: it is sampled again, by an engine that is well."""
+        self._failures += 1
+        if self._failures > TRIES * self.run.batch.groups:
+            raise EngineError(error)
+        await self._heal()
+        await self._back([id], "an engine failed")
+
+    async def _back(self, ids: list[int], why: str) -> None:
+        self.ledger.back(ids, why)
+        for id in ids:
+            self._flying.pop(id, None)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        self.admission.flying = len(self._flying)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _watch(self) -> None:
+        """Have an engine that died replaced, and one that came back without weights given some."""
+        while True:
+            await asyncio.sleep(1)
+            if self._flying:
+                await self._heal()
+
+    async def _heal(self) -> None:
+        for name, error in await self.fleet.heal():
+            self.hooks.failure(process=name, error=error, action="replaced; what it was at is sampled again")
+
+    async def evaluate(self, groups: list[Group]) -> list[Group]:
+        """Held-out prompts, sampled and rewarded; again where an engine failed."""
+        for _ in range(TRIES):
+            try:
+                return await self.fleet.evaluate(groups)
+            except (EngineError, WorkerDied) as error:
+                failed = error
+                await self._heal()
+        raise failed
+
+    # -- for the trainer -----------------------------------------------------------------------------------------
+    async def take(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """Consumes a step's groups from the queue; those of the oldest weights first. Waits until there are enough."""
+        while len(self.ripe) < self.run.batch.groups or await self._too_old(step):
+            async with self._changed:
+                await self._changed.wait()
+        ids = sorted(self.ripe, key=lambda id: (self.ripe[id], id))[: self.run.batch.groups]
+        self.ledger.give(ids, step)
+        for id in ids:
+            del self.ripe[id]
+        seen, self.seen = self.seen, Seen()
+        self._before, self._taken = seen, ids
+        groups: list[Group] = await self.queue.get(ids)
+        sampled = sorted([*groups, *seen.dropped], key=lambda group: group.id)
+        metrics: dict[str, float] = self.hooks.metrics(step=step, groups=sampled, evaluating=False)
+        return groups, metrics | seen.times(self.admission.streaming) | {
+            "rollout/dropped_groups": float(len(seen.dropped))
+        }
+
+    async def _too_old(self, step: int) -> bool:
+        """Have what became too old dropped, or sampled again; whether too little is left for the step."""
+        old = [id for id, age in self.ripe.items() if step - 1 - age > self.run.max_staleness]
+        for id in old:
+            del self.ripe[id]
+        if old:
+            await self.queue.forget(old)
+            self.admission.used -= len(old)
+            if self.run.rollout.too_old == "drop":
+                self.ledger.drop(old, "too old")
+            else:
+                self.ledger.back(old, "too old")
+            await self._tell()
+        return len(self.ripe) < self.run.batch.groups
+
+    async def rest(self) -> None:
+        """Wait until weights may move."""
+        if self.admission.streaming and self.run.rollout.weights != "drain":
+            return
+        self.admission.draining = True
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.admission.rests)
+
+    async def move(self, version: int) -> None:
+        self.admission.version, self.admission.draining = version, False
+        await self._tell()
+
+    # -- what lasts ----------------------------------------------------------------------------------------------
+    async def trained(self, step: int, groups: list[Group]) -> None:
+        """A step is done. What no resume could use, since it saw weights that no checkpoint has, is forgotten."""
+        self.ledger.trained(step)
+        self._taken = [id for id in self._taken if self.ledger.where(id) == "trainer"]
+        self._spent |= {group.id: step for group in groups}
+        await self._forget([group.id for group in groups if newest(group) > self.saved])
+
+    def save(self, state: RunState) -> None:
+        """What a checkpoint must remember, of this moment."""
+        state.position, state.ripe = self.ledger.position, [*self._taken, *self.ripe]
+        state.dropped = [*(self._before.dropped if self._taken else ()), *self.seen.dropped]
+
+    async def sync(self) -> None:
+        """Make what is in queue and ledger durable."""
+        await self.queue.sync()
+        self.ledger.sync()
+
+    async def acknowledge(self, step: int) -> None:
+        """What was trained on up to ``step`` is in a checkpoint, and never needed again."""
+        self.saved = step
+        await self._forget([id for id, at in self._spent.items() if at <= step])
+
+    async def _forget(self, ids: list[int]) -> None:
+        for id in ids:
+            del self._spent[id]
+        await self.queue.forget(ids)
+
+    async def close(self) -> None:
+        await self.queue.close()
+        self.ledger.close()
+
+
+def versions(group: Group, otherwise: int) -> set[int]:
+    """Of the weights that wrote it, or ``otherwise`` where its responses were given."""
+    return {version for sample in group.samples for version in sample.versions} - {-1} or {otherwise}
+
+
+def newest(group: Group) -> int:
+    return max(versions(group, 0))
