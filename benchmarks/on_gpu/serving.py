@@ -20,7 +20,7 @@ from miles_core.edges.cluster.session import Session
 from miles_core.edges.protocols import Completion, Request, Sampling, Worker
 from miles_core.edges.sglang import SGLang, wire
 from miles_core.edges.sglang.client import SGLangClient
-from miles_core.loop.batch import Packed
+from miles_core.packing import Packed
 
 from .models import SHAPES, copy_seconds, forget, rank, run_of, write
 from .table import Report, Row

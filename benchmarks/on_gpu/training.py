@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from miles_core.edges.megatron import Megatron, arguments, device, hf
-from miles_core.loop.batch import Packed
+from miles_core.packing import Packed
 from miles_core.types import Batch, Output, Role
 from torch import Tensor
 

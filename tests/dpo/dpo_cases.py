@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from miles_core.config import RunConfig
-from miles_core.loop.batch import count, pack
+from miles_core.packing import count, pack
 from miles_core.types import Batch, Group, Output, Sample
 from miles_plugin_dpo import DPO
 from torch import Tensor

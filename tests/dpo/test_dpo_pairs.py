@@ -5,7 +5,7 @@ import torch
 from dpo_cases import EXACT, Case, attempts, cases, examples, plugin, total
 from hypothesis import given
 from hypothesis import strategies as st
-from miles_core.loop.batch import count, distribute, pack
+from miles_core.packing import count, distribute, pack
 from miles_core.types import Group, Sample
 from miles_plugin_dpo.sft import SFT
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from miles_core.config import RunConfig
 from miles_core.edges.megatron import Megatron, hf
-from miles_core.loop.batch import Packed
+from miles_core.packing import Packed
 from miles_core.types import Batch, Output, Role
 
 SHAPE = {

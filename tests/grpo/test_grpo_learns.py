@@ -3,7 +3,7 @@
 import pytest
 import torch
 from grpo_cases import plugin
-from miles_core.loop.batch import count, distribute, pack
+from miles_core.packing import count, distribute, pack
 from miles_core.types import Group, Output, Sample
 from miles_plugin_grpo.config import VARIANTS
 

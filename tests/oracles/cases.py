@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from miles_core import Plugin
 from miles_core.config import RunConfig
-from miles_core.loop.batch import count, pack
+from miles_core.packing import count, pack
 from miles_core.types import Batch, Group, Mean, Output, Sample
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from miles_core.loop.batch import count, distribute, pack
+from miles_core.packing import count, distribute, pack
 from miles_core.types import Output, Sample
 from ppo_cases import plugin
 

@@ -5,36 +5,28 @@ from __future__ import annotations
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import __version__
-from .config import RunConfig
-from .plugins import Manifest, PluginError, assemble
+from .plugins import PluginError
 from .types import Refused
 
-if TYPE_CHECKING:
-    from .edges.toml import Source
-
-FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
-
-
-MORE = {name: f"miles_core.edges.commands.{name}" for name in ("explain", "hooks", "new", "plan", "plugins")}
+COMMANDS = ("explain", "hooks", "new", "plan", "plugins", "run")  # each imported when it is typed
 
 
 class Command(click.Group):
     """Every error is one readable cause: status 2 where the input is at fault, 1 where Miles is."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), *MORE])
+        return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in MORE:
-            found: click.Command = import_module(MORE[name]).command
-            return found
-        return super().get_command(context, name)
+        if name not in COMMANDS:
+            return None
+        found: click.Command = import_module(f"miles_core.edges.commands.{name}").command
+        return found
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -63,34 +55,3 @@ def _stop(error: BaseException, status: int, folder: Path | None = None) -> None
 @click.version_option(__version__)
 def main() -> None:
     """Train a language model with reinforcement learning, one plugin at a time."""
-
-
-@main.command()
-@FILES
-@SET
-@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the run folder.")
-@click.pass_context
-def run(context: click.Context, files: tuple[Path, ...], overrides: tuple[str, ...], resume: bool) -> None:
-    """Run the training described by FILES; later files win."""
-    manifest = assemble(written(files, overrides))
-    context.find_root().obj = folder = run_dir(manifest, files)
-    manifest = manifest.at(folder)
-    import asyncio
-
-    from .loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
-
-    asyncio.run(train(manifest, folder, resume))
-
-
-def written(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Source:
-    """The run as FILES and --set describe it."""
-    from .edges.toml import Source
-
-    return Source(files, overrides)
-
-
-def run_dir(manifest: Manifest, files: tuple[Path, ...]) -> Path:
-    """``run_dir``, or runs/NAME for NAME.toml, or for NAME/run.toml."""
-    run = RunConfig.model_validate_json(manifest.run)
-    name = files[0].stem if files[0].stem != "run" else files[0].absolute().parent.name
-    return run.run_dir or Path("runs") / name

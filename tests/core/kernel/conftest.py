@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from miles_core.config import ConfigError
 from miles_core.edges.toml import Source
-from miles_core.plugins import assemble
+from miles_core.edges.toml.assemble import assemble
 
 RUN = """\
 algorithm = "./mine.py"

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from miles_core.loop.batch import count, distribute, pack
+from miles_core.packing import count, distribute, pack
 from miles_core.types import Column, Sample
 
 

@@ -10,7 +10,7 @@ import pytest
 from calculator_cases import PROMPT, RUN, module
 from miles_core.edges.protocols import Completion
 from miles_core.edges.toml import Source
-from miles_core.plugins import assemble
+from miles_core.edges.toml.assemble import assemble
 from miles_core.types import Group, Sample
 
 

@@ -15,7 +15,7 @@ import torch
 from calculator_cases import CALCULATOR, CALL, PROMPT
 from miles_core.config import ConfigError
 from miles_core.edges.protocols import Completion
-from miles_core.loop.batch import pack
+from miles_core.packing import pack
 from miles_core.plugins import PluginError
 from miles_core.types import Column, Group, Sample
 from whole_runs import processes_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -158,6 +158,50 @@ class Store(Protocol):
     def newest(self, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
         """The newest whole checkpoint, or None; ``say`` hears of each one that is not whole."""
         ...
+
+
+class Ledger(Protocol):
+    """The account of every prompt of a run."""
+
+    position: int
+
+    def next(self) -> int: ...
+
+    def lease(self, ids: list[int], to: str) -> None: ...
+
+    def queue(self, ids: list[int]) -> None: ...
+
+    def back(self, ids: list[int], why: str) -> None: ...
+
+    def drop(self, ids: list[int], why: str) -> None: ...
+
+    def give(self, ids: list[int], step: int) -> None: ...
+
+    def trained(self, step: int) -> None: ...
+
+    def where(self, id: int) -> str: ...
+
+    def rewind(self, position: int, step: int, kept: Collection[int]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Queue(Protocol):
+    """Where scored groups wait for the trainer."""
+
+    async def open(self) -> dict[int, int]: ...
+
+    async def put(self, id: int, value: Any) -> None: ...
+
+    async def get(self, ids: list[int]) -> list[Any]: ...
+
+    async def forget(self, ids: list[int]) -> None: ...
+
+    async def sync(self) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from ..edges.protocols import Cluster, Engines, Process, Worker, WorkerDied, everyone
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
-from .batch import Unit, count, distribute, pack
+from ..packing import Unit, count, distribute, pack
 
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
 

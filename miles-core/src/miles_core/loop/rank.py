@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ..edges.protocols import Model, Transport, Worker
 from ..plugins import Manifest
 from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
-from .batch import Packed
+from ..packing import Packed
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
 Given = list[list[dict[str, Any]]]  # by data-parallel rank and micro-batch
@@ -219,6 +219,9 @@ class TrainingRank:
             self._models[name].save(Path(folder) / name)
         self._state(folder).parent.mkdir(parents=True, exist_ok=True)  # nothing is saved of a frozen model
         self._state(folder).write_text(json.dumps(self._hooks.state()))
+
+    def saved(self) -> None:
+        pass
 
     def load(self, folder: str) -> None:
         for name in self._trained:

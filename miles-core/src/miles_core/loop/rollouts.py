@@ -76,7 +76,7 @@ class Rollouts:
         self._spent: dict[int, int] = {}  # groups that may have to be trained on again: id, and the step they were of
         self.saved = 0  # the step of the newest checkpoint
         self._flying: dict[int, tuple[str, int]] = {}  # id: the worker that has it, and the wave it belongs to
-        self._prompts: tuple[int, Iterator[Sample]] = 0, iter(())  # how many the iterator has given, or skipped
+        self._prompts: tuple[int, Iterator[Sample]] = -1, iter(())  # how many of the data the iterator is past
         self._wave = self._failures = self._fruitless = 0
         self._changed = asyncio.Condition()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
-from ..loop.batch import Unit, count, distribute, pack
+from ..packing import Unit, count, distribute, pack
 from ..plugins import BUILTIN, Plugin, Registry, installed
 from ..types import Column, Group, Role, Sample
 

@@ -66,7 +66,7 @@ def run(algorithm: str, data: Path, folder: Path, settings: dict[str, Any]) -> F
 def _run(written: list[str], folder: Path) -> tuple[int, str]:
     """The exit status that the command would have, and what it would say of an error."""
     from ..edges.toml import Source
-    from ..plugins import assemble
+    from ..edges.toml.assemble import assemble
     from ..types import Refused
 
     try:

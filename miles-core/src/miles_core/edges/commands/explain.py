@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from ...cli import FILES, SET, written
-from ...plugins import assemble
+from ..toml import Source
+from ..toml.assemble import assemble
+from . import FILES, SET
 
 
 @click.command()
@@ -16,7 +17,7 @@ from ...plugins import assemble
 @SET
 def command(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """List every key of the run, its value, and where it was written."""
-    source = written(files, overrides)
+    source = Source(files, overrides)
     for key, value in _leaves(assemble(source).tables):
         click.echo(f"{'.'.join(key):<26} {value!s:<28} {source.origin(key)}")
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from ...cli import FILES, SET, run_dir, written
-from ...plugins import assemble
+from . import FILES, SET, assembled, run_dir
 
 
 @click.command()
@@ -15,7 +14,7 @@ from ...plugins import assemble
 @SET
 def command(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """Check everything that FILES ask for, say what a run would take, start nothing."""
-    manifest = assemble(written(files, overrides))
+    manifest = assembled(files, overrides)
     registry = manifest.registry("driver")
     click.echo(f"run folder   {run_dir(manifest, files)}")
     click.echo("plugins      " + ", ".join(f"{name} ({of})" for name, of in manifest.versions.items()))
