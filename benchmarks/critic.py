@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from miles_core.edges.toml import Source
-from miles_core.packing import count, distribute, pack
-from miles_core.loop.rank import TrainingRank
 from miles_core.edges.toml.assemble import assemble
+from miles_core.loop.rank import TrainingRank
+from miles_core.packing import count, distribute, pack
 from miles_core.testing.reverse import write
 from miles_core.types import Batch, Output, Role, Sample
 

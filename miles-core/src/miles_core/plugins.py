@@ -19,12 +19,9 @@ import pluggy
 from packaging.requirements import Requirement
 
 from . import __version__
-from .config import Loc, RunConfig, Table, suggest
+from .config import RunConfig, Table, suggest
 from .hookspecs import Hooks, Place
 from .types import Refused
-
-if TYPE_CHECKING:
-    from .edges.toml import Source
 
 SPECS: dict[str, Any] = {name: spec for name, spec in vars(Hooks).items() if hasattr(spec, "kind")}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ from ..types import Batch, Group, Layout, Output, Refused
 
 if TYPE_CHECKING:
     import asyncio
+    from collections import Counter
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -161,31 +162,80 @@ class Store(Protocol):
 
 
 class Ledger(Protocol):
-    """The account of every prompt of a run."""
+    """The account of every prompt of a run. Ids are 1, 2, 3, ... in the order of the data.
 
-    position: int
+    Each id that was taken is in exactly one state: ``waiting`` to be sampled, with a ``worker``, in the ``queue`` for
+    the trainer, with the ``trainer`` for a step, ``trained``, or ``dropped``. A call is one record in a log, there
+    before the call returns, and names any number of ids; without ids it does nothing. It raises LedgerError, and
+    changes nothing, where an id is not in the state that it claims. A full disk makes it wait; any other OSError is
+    raised. Blocking, and for the driver alone.
+    """
 
-    def next(self) -> int: ...
+    position: int  # records so far; a checkpoint remembers it
 
-    def lease(self, ids: list[int], to: str) -> None: ...
+    @property
+    def cursor(self) -> int:
+        """The largest id that was taken."""
+        ...
 
-    def queue(self, ids: list[int]) -> None: ...
+    def next(self) -> int:
+        """The prompt to sample next: the smallest id that waits, else the one after ``cursor``. Leases nothing."""
+        ...
 
-    def back(self, ids: list[int], why: str) -> None: ...
+    def lease(self, ids: Iterable[int], to: str) -> None:
+        """A worker samples them: waiting -> worker. New ids, in a row after ``cursor``, are taken on the way."""
+        ...
 
-    def drop(self, ids: list[int], why: str) -> None: ...
+    def queue(self, ids: Iterable[int]) -> None:
+        """Sampled and scored: worker -> queue."""
+        ...
 
-    def give(self, ids: list[int], step: int) -> None: ...
+    def back(self, ids: Iterable[int], why: str) -> None:
+        """To be sampled again, since a lease died or they are too old: worker, queue or trainer -> waiting."""
+        ...
 
-    def trained(self, step: int) -> None: ...
+    def drop(self, ids: Iterable[int], why: str) -> None:
+        """Not worth training on: worker or queue -> dropped."""
+        ...
 
-    def where(self, id: int) -> str: ...
+    def give(self, ids: Iterable[int], step: int) -> None:
+        """Into a step's batch: queue -> trainer."""
+        ...
 
-    def rewind(self, position: int, step: int, kept: Collection[int]) -> None: ...
+    def trained(self, step: int) -> None:
+        """The step is done: what the trainer holds for it -> trained. Holding nothing for it is a LedgerError."""
+        ...
 
-    def sync(self) -> None: ...
+    def sync(self) -> None:
+        """To the disk itself, before a checkpoint that remembers ``position`` counts. Nothing else waits for disks."""
+        ...
+
+    def rewind(self, position: int, step: int, kept: Iterable[int]) -> None:
+        """Go on from the checkpoint that was written at ``position``, after ``step``; position 0 is the start.
+
+        What was trained and dropped is so again. Of the rest, ids in ``kept``, whose samples survived, are in the
+        queue, also those taken after ``position``; every other id up to the largest of them all waits. One record; those
+        after ``position`` stay in the log and are void. Raises Refused where the log does not have ``position``.
+        """
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """How many ids are in each of the six states."""
+        ...
+
+    def where(self, id: int) -> tuple[str, str | int | None]:
+        """The state of an id, or ``not taken``; its worker, its step (0 where a damaged log lost it), its reason."""
+        ...
+
+    def reasons(self) -> Counter[str]:
+        """How many ids were dropped for each reason."""
+        ...
 
     def close(self) -> None: ...
+
+
+class LedgerError(Exception):
+    """A prompt is not where a record claims it to be."""
 
 
 class Queue(Protocol):

@@ -43,8 +43,8 @@ async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     (run_dir / "manifest.json").write_text(json.dumps({"miles-core": manifest.core} | manifest.versions, indent=1))
     error, saved = None, -1
     try:
-        while (saved := await attempt(manifest, hooks, store, run_dir, resume, saved)) is not None:
-            resume = True
+        while (newer := await attempt(manifest, hooks, store, run_dir, resume, saved)) is not None:
+            resume, saved = True, newer
     except BaseException as caught:
         if isinstance(error := caught, WorkerDied):
             hooks.failure(process="", error=str(caught), action="the run stops; miles run --resume goes on from here")
@@ -113,9 +113,9 @@ class Loop:
     # -- steps ---------------------------------------------------------------------------------------------------
     async def steps(self) -> None:
         """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
-        told = time.perf_counter()
-        self.next = asyncio.ensure_future(self.gather(self.state.step + 1))
+        told, self.next = time.perf_counter(), asyncio.ensure_future(self.gather(self.state.step + 1))
         for step in range(self.state.step + 1, self.run.steps + 1):
+            assert self.next
             free, training = self.ahead or (told, asyncio.ensure_future(self.train(step, await self.next)))
             fed, self.ahead = time.perf_counter(), None
             if self.saving and self.saving.done():

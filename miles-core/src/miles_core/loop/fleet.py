@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..edges.protocols import Cluster, Engines, Process, Worker, WorkerDied, everyone
+from ..packing import Unit, count, distribute, pack
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
-from ..packing import Unit, count, distribute, pack
 
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from ..edges.protocols import Model, Transport, Worker
+from ..packing import Packed
 from ..plugins import Manifest
 from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
-from ..packing import Packed
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
 Given = list[list[dict[str, Any]]]  # by data-parallel rank and micro-batch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from ..edges.protocols import EngineError, Ledger, Queue, RunState, Worker, WorkerDied
+from ..edges.protocols import EngineError, Ledger, Queue, RunState, WorkerDied
 from ..plugins import Registry
 from ..types import Group, Refused, Sample
 from .fleet import Fleet
@@ -48,21 +48,6 @@ class Admission:
         return not (self.flying or self.room)
 
 
-@dataclass(slots=True)
-class Seen:
-    """What was sampled since a step's groups were last taken."""
-
-    dropped: list[Group] = field(default_factory=list)
-    waves: dict[int, tuple[float, float]] = field(default_factory=dict)  # seconds until sampled, and until rewarded
-
-    def times(self, streaming: bool) -> dict[str, float]:
-        """Of the waves, one after another; streaming they overlap, and their mean says how long one group takes."""
-        share = len(self.waves) if streaming and self.waves else 1
-        sampled = sum(sampled for sampled, _ in self.waves.values())
-        done = sum(done for _, done in self.waves.values())
-        return {"time/sample": sampled / share, "time/reward": (done - sampled) / share}
-
-
 class Rollouts:
     """Every prompt from the ledger to the queue. ``take`` is how the trainer gets a step's groups."""
 
@@ -71,10 +56,11 @@ class Rollouts:
         streaming = run.mode == "async"
         self.admission = Admission(run.batch.groups, run.steps, run.max_staleness, streaming)
         self.ripe: dict[int, int] = {}  # groups in the queue: id, and the oldest version in it
-        self.seen, self._before = Seen(), Seen()  # since a step's groups were last taken, and before
-        self._taken: list[int] = []  # groups of the step that was last taken, until it is trained
-        self._spent: dict[int, int] = {}  # groups that may have to be trained on again: id, and the step they were of
         self.saved = 0  # the step of the newest checkpoint
+        self._dropped: list[Group] = []  # since a step's groups were taken
+        self._waves: dict[int, tuple[float, float]] = {}  # since then: seconds until sampled, and until rewarded
+        self._taken: tuple[list[int], list[Group]] = [], []  # the step's, until it is trained, and what was dropped
+        self._spent: dict[int, int] = {}  # groups that may have to be trained on again: id, and the step they were of
         self._flying: dict[int, tuple[str, int]] = {}  # id: the worker that has it, and the wave it belongs to
         self._prompts: tuple[int, Iterator[Sample]] = -1, iter(())  # how many of the data the iterator is past
         self._wave = self._failures = self._fruitless = 0
@@ -88,10 +74,9 @@ class Rollouts:
         if not self.admission.streaming:  # a step's groups are whole waves, or the resumed run would be another one
             kept = {id: kept[id] for id in kept.keys() & state.ripe}
         self.ledger.rewind(state.position, state.step, kept)
-        self.ripe = {id: age for id, age in kept.items() if self.ledger.where(id) == "queue"}
+        self.ripe = {id: age for id, age in kept.items() if self.ledger.where(id)[0] == "queue"}
         await self.queue.forget([id for id in found if id not in self.ripe])
-        self.admission.version = self.saved = state.step
-        self.seen.dropped = state.dropped
+        self._dropped, self.saved, self.admission.version = state.dropped, state.step, state.step
         self.admission.used = state.step * self.run.batch.groups + len(self.ripe)
 
     # -- out -----------------------------------------------------------------------------------------------------
@@ -109,11 +94,9 @@ class Rollouts:
 
     async def _lead(self) -> None:
         """Fill what room there is, until the last weights are there."""
-        admission = self.admission
-        while admission.version < admission.steps:
-            async with self._changed:
-                await self._changed.wait_for(lambda: admission.room or admission.version == admission.steps)
-            await self._send(admission.room)
+        while self.admission.version < self.run.steps:
+            await self._until(lambda: self.admission.room > 0 or self.admission.version == self.run.steps)
+            await self._send(self.admission.room)
 
     async def _send(self, n: int) -> None:
         """Lease ``n`` prompts to the workers, least load first, and have each begin its share at once."""
@@ -129,14 +112,10 @@ class Rollouts:
             load[name] += 1
             self._flying[id] = name, self._wave
         self.admission.flying = len(self._flying)
-        asked = [(w, shares[w.name]) for w in self.fleet.rollouts if shares[w.name]]
-        await asyncio.gather(*(self._begin(worker, share) for worker, share in asked))
-
-    async def _begin(self, worker: Worker, groups: list[Group]) -> None:
-        try:
-            await worker.call("begin", groups)
-        except WorkerDied:
-            pass  # who collects from it finds that out, too, and takes back what it had
+        asked = [worker.call("begin", shares[worker.name]) for worker in self.fleet.rollouts if shares[worker.name]]
+        for answer in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, WorkerDied):  # ``_collect`` finds it dead
+                raise answer
 
     def _prompt(self, id: int) -> Sample:
         at, prompts = self._prompts
@@ -158,23 +137,21 @@ class Rollouts:
                     await self._came(worker.name, rolled)
             except WorkerDied as died:
                 lost = [id for id, (name, _) in self._flying.items() if name == worker.name]
-                self.hooks.failure(
-                    process=worker.name, error=str(died), action=f"replaced; {len(lost)} groups are sampled again"
-                )
+                action = f"it is replaced; its {len(lost)} groups are sampled again"
+                self.hooks.failure(process=worker.name, error=str(died), action=action)
                 await self.fleet.replace_rollout(i)
                 await self._back(lost, f"{worker.name} died")
 
     async def _came(self, name: str, rolled: Rolled) -> None:
         id, wave = rolled.id, self._flying[rolled.id][1]
         if rolled.group is None:
-            await self._failed(id, rolled.error)
-            return
+            return await self._failed(id, rolled.error)
         self._failures = 0
         began = rolled.ended - rolled.done
         self.hooks.span(process=name, doing="sample", began=began, ended=began + rolled.sampled)
         self.hooks.span(process=name, doing="reward", began=began + rolled.sampled, ended=rolled.ended)
-        group, (sampled, done) = rolled.group, self.seen.waves.get(wave, (0.0, 0.0))
-        self.seen.waves[wave] = max(sampled, rolled.sampled), max(done, rolled.done)
+        group, (sampled, done) = rolled.group, self._waves.get(wave, (0.0, 0.0))
+        self._waves[wave] = max(sampled, rolled.sampled), max(done, rolled.done)
         reason = self.hooks.drop_group(group=group)
         self.hooks.group_end(group=group, dropped=reason)
         self._fruitless = self._fruitless + 1 if reason else 0
@@ -185,7 +162,7 @@ class Rollouts:
             self.admission.used += 1
         else:
             self.ledger.drop([id], reason)
-            self.seen.dropped.append(group)
+            self._dropped.append(group)
         if self._fruitless >= PATIENCE * self.run.batch.groups:
             raise Refused(f"no group was worth training on in {self._fruitless} prompts; the last one: {reason}")
         del self._flying[id]
@@ -210,6 +187,10 @@ class Rollouts:
         async with self._changed:
             self._changed.notify_all()
 
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
     async def _watch(self) -> None:
         """Have an engine that died replaced, and one that came back without weights given some."""
         while True:
@@ -219,7 +200,7 @@ class Rollouts:
 
     async def _heal(self) -> None:
         for name, error in await self.fleet.heal():
-            self.hooks.failure(process=name, error=error, action="replaced; what it was at is sampled again")
+            self.hooks.failure(process=name, error=error, action="it is replaced; what it was at is sampled again")
 
     async def evaluate(self, groups: list[Group]) -> list[Group]:
         """Held-out prompts, sampled and rewarded; again where an engine failed."""
@@ -234,44 +215,39 @@ class Rollouts:
     # -- for the trainer -----------------------------------------------------------------------------------------
     async def take(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Consumes a step's groups from the queue; those of the oldest weights first. Waits until there are enough."""
-        while len(self.ripe) < self.run.batch.groups or await self._too_old(step):
-            async with self._changed:
-                await self._changed.wait()
+        while len(self.ripe) < self.run.batch.groups:
+            await self._until(lambda: len(self.ripe) >= self.run.batch.groups)
+            await self._sort_out(step)
         ids = sorted(self.ripe, key=lambda id: (self.ripe[id], id))[: self.run.batch.groups]
         self.ledger.give(ids, step)
         for id in ids:
             del self.ripe[id]
-        seen, self.seen = self.seen, Seen()
-        self._before, self._taken = seen, ids
+        dropped, waves = self._dropped, list(self._waves.values())
+        self._taken, self._dropped, self._waves = (ids, dropped), [], {}
         groups: list[Group] = await self.queue.get(ids)
-        sampled = sorted([*groups, *seen.dropped], key=lambda group: group.id)
+        sampled = sorted([*groups, *dropped], key=lambda group: group.id)
         metrics: dict[str, float] = self.hooks.metrics(step=step, groups=sampled, evaluating=False)
-        return groups, metrics | seen.times(self.admission.streaming) | {
-            "rollout/dropped_groups": float(len(seen.dropped))
-        }
+        # Waves follow one another; streaming they do not, and their mean says how long a group takes.
+        parts = len(waves) if waves and self.admission.streaming else 1
+        sampling, done = (sum(wave[i] for wave in waves) / parts for i in (0, 1))
+        times = {"time/sample": sampling, "time/reward": done - sampling}
+        return groups, metrics | times | {"rollout/dropped_groups": float(len(dropped))}
 
-    async def _too_old(self, step: int) -> bool:
-        """Have what became too old dropped, or sampled again; whether too little is left for the step."""
-        old = [id for id, age in self.ripe.items() if step - 1 - age > self.run.max_staleness]
-        for id in old:
-            del self.ripe[id]
-        if old:
-            await self.queue.forget(old)
+    async def _sort_out(self, step: int) -> None:
+        """Have what became too old dropped, or sampled again."""
+        if old := [id for id, age in self.ripe.items() if step - 1 - age > self.run.max_staleness]:
+            self.ripe = {id: age for id, age in self.ripe.items() if id not in old}
             self.admission.used -= len(old)
-            if self.run.rollout.too_old == "drop":
-                self.ledger.drop(old, "too old")
-            else:
-                self.ledger.back(old, "too old")
+            (self.ledger.drop if self.run.rollout.too_old == "drop" else self.ledger.back)(old, "too old")
+            await self.queue.forget(old)
             await self._tell()
-        return len(self.ripe) < self.run.batch.groups
 
     async def rest(self) -> None:
         """Wait until weights may move."""
         if self.admission.streaming and self.run.rollout.weights != "drain":
             return
         self.admission.draining = True
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.admission.rests)
+        await self._until(lambda: self.admission.rests)
 
     async def move(self, version: int) -> None:
         self.admission.version, self.admission.draining = version, False
@@ -281,14 +257,16 @@ class Rollouts:
     async def trained(self, step: int, groups: list[Group]) -> None:
         """A step is done. What no resume could use, since it saw weights that no checkpoint has, is forgotten."""
         self.ledger.trained(step)
-        self._taken = [id for id in self._taken if self.ledger.where(id) == "trainer"]
+        if self._taken[0] == [group.id for group in groups]:
+            self._taken = [], []
         self._spent |= {group.id: step for group in groups}
         await self._forget([group.id for group in groups if newest(group) > self.saved])
 
     def save(self, state: RunState) -> None:
         """What a checkpoint must remember, of this moment."""
-        state.position, state.ripe = self.ledger.position, [*self._taken, *self.ripe]
-        state.dropped = [*(self._before.dropped if self._taken else ()), *self.seen.dropped]
+        taken, dropped = self._taken
+        state.position, state.ripe = self.ledger.position, [*taken, *self.ripe]
+        state.dropped = [*dropped, *self._dropped]
 
     async def sync(self) -> None:
         """Make what is in queue and ledger durable."""

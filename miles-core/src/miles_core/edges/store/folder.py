@@ -6,12 +6,15 @@ import json
 import os
 import pickle
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..protocols import RunState
+from ..ledger import Ledger as Log
+from ..protocols import Ledger, RunState
 
+ID = "run_id"
 WHOLE = "whole.json"  # size and crc32 of every other file; written last
 
 
@@ -29,6 +32,13 @@ class RunFolder:
         probe.write_text("probe")
         probe.unlink()
         return aside
+
+    def ledger(self, say: Callable[[str], None]) -> Ledger:
+        """Its log is of this run folder's: the id that both have is drawn when the folder is first used."""
+        mine = self._dir / ID
+        if not mine.exists():
+            mine.write_text(uuid.uuid4().hex[:12])
+        return Log(self._dir / "ledger", mine.read_text(), say)
 
     def begin(self, step: int) -> Path:
         folder = self._dir / "checkpoints" / f"writing-{step}"
