@@ -50,9 +50,9 @@ def line(row: Row) -> str:
         "" if row.ratio is None else f"{row.ratio:.3f}",
         row.bar,
         {True: "yes", False: "no", None: ""}[row.met],
-        row.note.replace("|", "/").replace("\n", " "),
+        row.note,
     ]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str]) -> str:

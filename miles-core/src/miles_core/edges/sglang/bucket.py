@@ -62,6 +62,8 @@ class Flat:
 def buckets(tensors: Iterator[tuple[str, Tensor]], flats: tuple[Flat, Flat]) -> Iterator[Flat]:
     """The tensors in the two buckets by turns; each is yielded when it is full, and filled again two yields later."""
     current = 0
+    for flat in flats:  # what an earlier call left in them is not to be sent again
+        flat.clear()
     for name, tensor in tensors:
         if not flats[current].fits(tensor):
             yield flats[current]
@@ -70,4 +72,3 @@ def buckets(tensors: Iterator[tuple[str, Tensor]], flats: tuple[Flat, Flat]) -> 
         flats[current].put(name, tensor)
     if flats[current].places:
         yield flats[current]
-        flats[current].clear()
