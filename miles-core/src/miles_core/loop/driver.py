@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..edges.protocols import RunState, Store, WorkerDied, both, everyone
+from ..pacing import times
 from ..plugins import Manifest, Registry
 from ..types import Group, Refused, Sample
 from .fleet import Fleet, start
@@ -133,7 +134,8 @@ class Loop:
             await self.rollouts.trained(step, groups)
             folder = await self.save(metrics) if saves else None
             began, told = told, time.perf_counter()  # a step lasts from one line of metrics to the next
-            metrics |= self.times(metrics, waited, told - began, began - free)
+            metrics |= times(metrics, waited, told - began, began - free, turns=not self.run.max_staleness)
+            metrics["time_s"] = time.perf_counter() - self.began
             self.hooks.step_end(step=step, metrics=metrics)
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
                 self.saving = asyncio.ensure_future(self.commit(folder, replace(self.state)))
@@ -231,14 +233,3 @@ class Loop:
         if self.saving:
             await self.saving
             self.saving = None
-
-    def times(self, metrics: dict[str, float], waited: float, wall: float, ahead: float) -> dict[str, float]:
-        """Where the time went. ``time/ahead`` of the training was before the step's own time; ``time/other``, the
-        driver's own, is none of the phases."""
-        phases = sum(metrics.get(f"time/{phase}", 0.0) for phase in ("train", "sync", "eval", "checkpoint"))
-        other = wall + ahead - waited - phases
-        if not self.run.max_staleness:  # the wait was for sampling and rewarding, and for nothing else
-            other += waited - metrics.get("time/sample", 0.0) - metrics.get("time/reward", 0.0)
-        spent = {"time/step": wall, "time/wait": waited, "time/ahead": ahead, "time/other": other}
-        rate = metrics.get("rollout/tokens", 0.0) / wall
-        return spent | {"time_s": time.perf_counter() - self.began, "tokens_per_s": rate}

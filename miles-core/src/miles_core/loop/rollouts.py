@@ -5,47 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ..edges.protocols import EngineError, Ledger, Queue, RunState, WorkerDied
+from ..pacing import Admission, sampling
 from ..plugins import Registry
+from ..samples import newest, versions
 from ..types import Group, Refused, Sample
 from .fleet import Fleet
 from .rollout import Rolled
 
 PATIENCE = 50  # steps' worth of prompts without one group to train on, before the run is called hopeless
 TRIES = 5  # failures of engines in a row, before they are the run's
-
-
-@dataclass(slots=True)
-class Admission:
-    """How many groups may be sampled now, so that none is too old when its turn to be trained on comes.
-
-    Of ``version`` weights, ``most`` = (version + 1 + staleness) x groups may ever have been kept or be under way. In
-    turns, and overlapped, a step's groups are sampled in waves, each begun when all of the one before it is back: a
-    run that is resumed samples the very same. Streaming, whoever is done makes room.
-    """
-
-    groups: int  # a step trains on
-    steps: int  # of the run
-    staleness: int
-    streaming: bool
-    version: int = 0
-    used: int = 0  # groups that were kept, whether trained on or queued
-    flying: int = 0
-    draining: bool = False  # weights are about to move, and nothing is to be under way then
-
-    @property
-    def room(self) -> int:
-        most = min(self.steps, self.version + 1 + self.staleness) * self.groups
-        if self.streaming:
-            return 0 if self.draining else max(most - self.used - self.flying, 0)
-        return 0 if self.flying else min(most - self.used, self.groups - self.used % self.groups)
-
-    @property
-    def rests(self) -> bool:
-        """Nothing is under way, and nothing will be before the weights move."""
-        return not (self.flying or self.room)
 
 
 class Rollouts:
@@ -227,11 +197,8 @@ class Rollouts:
         groups: list[Group] = await self.queue.get(ids)
         sampled = sorted([*groups, *dropped], key=lambda group: group.id)
         metrics: dict[str, float] = self.hooks.metrics(step=step, groups=sampled, evaluating=False)
-        # Waves follow one another; streaming they do not, and their mean says how long a group takes.
-        parts = len(waves) if waves and self.admission.streaming else 1
-        sampling, done = (sum(wave[i] for wave in waves) / parts for i in (0, 1))
-        times = {"time/sample": sampling, "time/reward": done - sampling}
-        return groups, metrics | times | {"rollout/dropped_groups": float(len(dropped))}
+        metrics |= sampling(waves, self.admission.streaming)
+        return groups, metrics | {"rollout/dropped_groups": float(len(dropped))}
 
     async def _sort_out(self, step: int) -> None:
         """Have what became too old dropped, or sampled again."""
@@ -286,12 +253,3 @@ class Rollouts:
     async def close(self) -> None:
         await self.queue.close()
         self.ledger.close()
-
-
-def versions(group: Group, otherwise: int) -> set[int]:
-    """Of the weights that wrote it, or ``otherwise`` where its responses were given."""
-    return {version for sample in group.samples for version in sample.versions} - {-1} or {otherwise}
-
-
-def newest(group: Group) -> int:
-    return max(versions(group, 0))
