@@ -21,7 +21,7 @@ FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_ty
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
 
 
-MORE = {name: f"miles_core.edges.commands.{name}" for name in ("explain", "hooks", "new", "plan", "plugins")}
+MORE = {name: f"miles_core.edges.commands.{name}" for name in "audit explain hooks new plan plugins status".split()}
 
 
 class Command(click.Group):
