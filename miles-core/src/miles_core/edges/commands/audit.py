@@ -50,13 +50,11 @@ def _summary(found: Audit) -> list[tuple[str, str]]:
     ]
     for rewind in found.rewinds:
         text = f"record {rewind.number} to {rewind.position}, after step {rewind.step}: {rewind.kept:,} prompts kept"
-        rows.append(("", f"{text}, {rewind.again:,} to do again"))
+        rows.append(("", f"{text}, {rewind.again:,} to sample again"))
     for first, last in found.lost:
         rows.append(("lost", f"records {first} to {last}, to damage: nothing is proven of what happened in them"))
-    if found.reader.rest:
-        rows.append(
-            ("torn", f"{len(found.reader.rest)} bytes of a last record: being written, or cut at the next start")
-        )
+    if size := len(found.reader.rest):
+        rows.append(("torn", f"{size} bytes of a last record: it is being written, or is cut when the run goes on"))
     return rows
 
 

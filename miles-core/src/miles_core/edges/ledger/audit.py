@@ -27,7 +27,7 @@ Places = dict[int, tuple[str, str | int | None]]
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """A resume: record ``number`` went back to ``position``, and kept and lost what was under way there."""
+    """A resume: record ``number`` went back to ``position``, and ``again`` prompts that were sampled wait again."""
 
     number: int
     position: int
@@ -47,7 +47,7 @@ class Audit:
     sampled: Counter[int] = field(default_factory=Counter)  # how often each prompt was sampled to the end
     rewinds: list[Rewind] = field(default_factory=list)
     lost: list[tuple[int, int]] = field(default_factory=list)  # ranges of records that a salvage could not keep
-    trained: list[tuple[int, int, list[int]]] = field(default_factory=list)  # record, step or 0 after a loss, prompts
+    trained: list[tuple[int, int | None, list[int]]] = field(default_factory=list)  # record, step or a loss, prompts
 
     def live(self) -> list[tuple[int, int]]:
         """Ranges of records that the present state rests on, newest first."""
@@ -60,10 +60,9 @@ class Audit:
 
     def void(self) -> int:
         """How many records were taken back by a rewind."""
-        lost = sum(last - first + 1 for first, last in self.lost)
         live = self.live()
-        gone = sum(b - a + 1 for a, b in self.lost if any(first <= b <= last for first, last in live))
-        return self.reader.number - lost - (sum(last - first + 1 for first, last in live) - gone)
+        outside = sum(b - a + 1 for a, b in self.lost if not any(first <= b <= last for first, last in live))
+        return self.reader.number - sum(last - first + 1 for first, last in live) - outside
 
 
 def audit(path: Path) -> Audit:
@@ -84,6 +83,7 @@ def audit(path: Path) -> Audit:
         if len(found.violations) >= AT_MOST:
             break
     refuse(reader)
+    _whole(found)
     _once(found)
     return found
 
@@ -91,7 +91,7 @@ def audit(path: Path) -> Audit:
 def _move(found: Audit, record: Line) -> None:
     do, places, wrong = record["do"], found.places, found.violations
     sources, target = SOURCES[do]
-    about = record.get("to") or record.get("step") or (record["why"] if do == "drop" else None)
+    about = record.get("why" if do == "drop" else "to", record.get("step"))
     ids = unpack(record["ids"])
     if len(ids) != len(set(ids)):
         wrong.append(f"record {record['n']}, {do}: names a prompt twice")
@@ -110,18 +110,17 @@ def _move(found: Audit, record: Line) -> None:
         found.sampled.update(ids)
     elif do == "trained":
         found.trained.append((record["n"], record["step"], ids))
-    if len(places) and places.keys().isdisjoint({len(places)}):
-        wrong.append(f"record {record['n']}, {do}: of the prompts 1 to {max(places)} some were skipped")
 
 
 def _rewind(found: Audit, record: Line, saved: dict[int, Places]) -> None:
-    """Back to ``position``, written a second time: drop what was under way, then put what was kept in the queue."""
+    """Back to ``position``: drop what was under way there, then put what was kept in the queue."""
     number, position, kept = record["n"], record["position"], set(unpack(record["kept"]))
     if position not in saved or position >= number:
         found.violations.append(f"record {number}, rewind: nothing is known of record {position}")
         return
     places = saved[position].copy()
-    if late := [step for state, step in places.values() if state == "trained" and step and int(step) > record["step"]]:
+    late = [step for state, step in places.values() if state == "trained" and step and int(step) > record["step"]]
+    if late:
         found.violations.append(f"record {number}, rewind: after step {record['step']}, yet step {late[0]} was trained")
     under = [id for id, (state, _) in places.items() if state in ("worker", "queue", "trainer")]
     places |= {id: ("waiting", None) for id in [*under, *range(len(places) + 1, max(kept, default=0) + 1)]}
@@ -129,33 +128,37 @@ def _rewind(found: Audit, record: Line, saved: dict[int, Places]) -> None:
         if places[id][0] in ("trained", "dropped"):
             found.violations.append(f"record {number}, rewind: prompt {id} is {places[id][0]}, and cannot be kept")
         places[id] = ("queue", None)
-    again = len(found.places.keys() - kept) - sum(
-        state in ("trained", "dropped", "waiting") and found.places.get(id) == (state, about)
-        for id, (state, about) in places.items()
-    )
+    done = [id for id, (state, _) in found.places.items() if state not in ("waiting", "worker")]
+    again = sum(id not in places or places[id][0] == "waiting" for id in done)
     found.places = places
     found.rewinds.append(Rewind(number, position, record["step"], len(kept), again))
 
 
 def _note(found: Audit, note: Line) -> None:
     """A note repeats the state; the one that a salvage writes is where the account begins anew."""
-    state, places = note["state"], {}
+    state = note["state"]
+    places: Places = {}
     for name in ("waiting", "queue", "trained"):
-        places.update({id: (name, None) for id in unpack(state[name])})
+        for id in unpack(state[name]):
+            places[id] = (name, None)
     for name in ("worker", "trainer", "dropped"):
         for about, ids in state[name].items():
             places.update({id: (name, int(about) if name == "trainer" else about) for id in unpack(ids)})
     if "lost" in note:
         found.lost.append((note["lost"][0], note["lost"][1]))
-        found.places = {id: places[id] for id in sorted(places)}
-        found.trained.append((note["after"], 0, unpack(state["trained"])))
+        found.places = places
+        found.trained.append((note["after"], None, unpack(state["trained"])))
         return
     have = {id: (name, None if name == "trained" else about) for id, (name, about) in found.places.items()}
     if have != places:
         differ = min(id for id in have.keys() | places.keys() if have.get(id) != places.get(id))
-        found.violations.append(
-            f"the note after record {note['after']} puts prompt {differ} elsewhere than the records"
-        )
+        found.violations.append(f"the note after record {note['after']} puts prompt {differ} where no record did")
+
+
+def _whole(found: Audit) -> None:
+    """No prompt is skipped: those taken are 1, 2, 3 and so on."""
+    if gone := set(range(1, max(found.places, default=0) + 1)) - found.places.keys():
+        found.violations.append(f"prompt {min(gone)} was skipped: it is in no state, and prompt {max(found.places)} is")
 
 
 def _once(found: Audit) -> None:
@@ -164,13 +167,14 @@ def _once(found: Audit) -> None:
     for number, step, ids in found.trained:
         if not any(first <= number <= end for first, end in live):
             continue
-        if not step:
+        if step is None:  # the account began anew, with these trained
             seen = set(ids)
             continue
-        if twice := seen & set(ids):
+        if twice := seen.intersection(ids):
             found.violations.append(f"record {number}: prompt {min(twice)} is trained a second time")
         if step <= last:
             found.violations.append(f"record {number}: step {step} is trained after step {last}")
-        seen, last = seen | set(ids), step
+        seen.update(ids)
+        last = step
     if seen != {id for id, (state, _) in found.places.items() if state == "trained"}:
         found.violations.append("the prompts trained are not those that the records which count have trained")

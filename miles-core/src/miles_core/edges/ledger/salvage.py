@@ -12,6 +12,7 @@ from .lines import FORMAT, Line, Reader, line, whole
 from .replay import Replay, refuse
 
 ASIDE = "log.broken-"
+DRAFT = "log.salvaged"
 
 
 class _Saved:
@@ -25,11 +26,11 @@ class _Saved:
 
     def offer(self, fields: Line) -> None:
         """Take a whole line from behind the damage where it can stand on what is kept, or by itself."""
-        number = fields.get("n", fields.get("after", 0))
+        number: int = fields["n"] if "n" in fields else fields.get("after", 0)
         self.seen = max(self.seen, number)
         if "n" not in fields and number > self.number and "state" in fields:
             self.jump(number, fields["state"])
-        elif fields.get("n") == self.number + 1 and self._stands(fields):
+        elif "n" in fields and number == self.number + 1 and self._stands(fields):
             self.data += line(fields)
             self.number = number
             self.known[-1] = (self.known[-1][0], number)
@@ -60,9 +61,7 @@ def salvage(path: Path) -> list[str]:
         if not reader.rest or reader.torn:
             refuse(reader)
             return [f"{path} is whole: {reader.number} records; there is nothing to salvage"]
-        if reader.header and reader.header["format"] != FORMAT:
-            refuse(reader)
-        return _replace(path, _collect(reader, path.with_name("log.salvaged")), reader)
+        return _replace(path, _collect(reader, path.with_name(DRAFT)), reader)
     finally:
         disk.close()
 
@@ -71,15 +70,14 @@ def _collect(reader: Reader, draft: Path) -> _Saved:
     """Everything worth keeping, also in the file ``draft``, which is whole and on the disk."""
     with reader.path.open("rb") as file:
         data = file.read(reader.end)
-    saved = _Saved(data or line({"format": FORMAT, "run": None, "at": 0}), reader.number)
-    behind = 0
+    saved, tail = _Saved(data or line({"format": FORMAT, "run": None, "at": 0}), reader.number), 0
     for begin, fields in whole(reader.rest):
         saved.offer(fields)
-        behind = begin
-    draft.write_bytes(saved.data)
-    if saved.seen > saved.number or not behind:  # the end is lost
-        torn = reader.rest.count(b"\n") if not behind else 0
-        saved.jump(max(saved.seen, saved.number + torn) + 1, Replay(draft).book.note())
+        tail = reader.rest.index(b"\n", begin) + 1
+    unread = reader.rest.count(b"\n", tail)
+    if unread or saved.seen > saved.number:  # the end is lost
+        draft.write_bytes(saved.data)
+        saved.jump(saved.seen + unread + 1, Replay(draft).book.note())
     with draft.open("wb") as out:
         out.write(saved.data)
         out.flush()
@@ -91,11 +89,9 @@ def _collect(reader: Reader, draft: Path) -> _Saved:
 def _replace(path: Path, saved: _Saved, reader: Reader) -> list[str]:
     aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{ASIDE}{n}")).exists())
     shutil.copy2(path, aside)
-    os.replace(path.with_name("log.salvaged"), path)
-    lost = sum(last - first + 1 for first, last in saved.lost)
+    os.replace(path.with_name(DRAFT), path)
     said = [f"{path} was damaged at byte {reader.end}, behind record {reader.number}; the broken log is now {aside}"]
-    said += [
-        f"records {first} to {last} are lost: a checkpoint written there is of no use" for first, last in saved.lost
-    ]
+    for first, last in saved.lost:
+        said.append(f"records {first} to {last} are lost: a checkpoint written at {first} to {last - 1} is of no use")
     said += [] if reader.header else ["the name of the run is lost: the next run that opens the ledger owns it"]
-    return [*said, f"{saved.number - lost} records are kept; the ledger goes on after record {saved.number}"]
+    return [*said, f"all other records are kept; the ledger goes on after record {saved.number}"]
