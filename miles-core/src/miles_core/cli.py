@@ -13,7 +13,7 @@ from . import __version__
 from .plugins import PluginError
 from .types import Refused
 
-COMMANDS = ("explain", "hooks", "new", "plan", "plugins", "run")  # each imported when it is typed
+COMMANDS = ("audit", "explain", "hooks", "new", "plan", "plugins", "run", "status")  # each imported when it is typed
 
 
 class Command(click.Group):

@@ -214,8 +214,8 @@ class Ledger(Protocol):
         """Go on from the checkpoint that was written at ``position``, after ``step``; position 0 is the start.
 
         What was trained and dropped is so again. Of the rest, ids in ``kept``, whose samples survived, are in the
-        queue, also those taken after ``position``; every other id up to the largest of them all waits. One record; those
-        after ``position`` stay in the log and are void. Raises Refused where the log does not have ``position``.
+        queue, also those taken after ``position``; every other id up to the largest of them all waits. One record;
+        those after ``position`` stay in the log and are void. Raises Refused where the log does not have ``position``.
         """
         ...
 

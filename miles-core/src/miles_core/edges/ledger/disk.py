@@ -23,10 +23,11 @@ class Disk:
         self._named = False  # on the disk itself: a synced file is lost with an unsynced name
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._loose = bytearray()  # written, not synced: after a failed fsync the kernel may have forgotten it
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = os.open(path.with_name("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:  # of a file that nobody else opens: to close any handle of it would give the lock back
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            os.close(self._fd)
+            self.close()
             raise Refused(f"{path} is being written by another process; is the run still alive?") from None
         except OSError:
             pass  # a file system without locks; the run folder is ours by agreement then
@@ -66,9 +67,9 @@ class Disk:
             self._named = True
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for handle in {self._fd, self._lock} - {-1}:
+            os.close(handle)
+        self._fd = self._lock = -1
 
     def _write(self, data: bytes, at: int) -> None:
         done = 0

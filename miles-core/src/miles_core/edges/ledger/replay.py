@@ -22,7 +22,8 @@ class Replay:
         if not path.is_file():
             raise Refused(f"no ledger is at {path}; is {path.parent.parent} the folder of a run?")
         self.book, self.reader = Book(), Reader(path)
-        self.lost: list[tuple[int, int]] = []
+        self.lost: list[tuple[int, int]] = []  # first and last number of records that a salvage could not keep
+        self.last: Line = {}  # the record before the end
         self._targets = _targets(path)
         self._saved: dict[int, Book] = {}
         self._remember(0)
@@ -50,6 +51,7 @@ class Replay:
             ids = unpack(fields["ids"])
             self.book.check(fields, ids)
             self.book.apply(fields, ids)
+        self.last = fields
         self._remember(fields["n"])
 
     def _remember(self, number: int) -> None:
