@@ -184,7 +184,7 @@ def check_resume(folder: Path, table: dict, case: dict, out: Path) -> None:
         return model.step(lambda norm: None)[0]
 
     step(model)
-    model.save(out / "checkpoint")
+    model.save(out / "checkpoint")()
     straight = [step(model), drawn(), step(model), gathered(model.export())]
     plugin, model = built(folder, table, world, optim)
     drawn()

@@ -79,7 +79,8 @@ def test_every_layout_agrees_with_transformers(cases: Path, world: int) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(world)
     ]

@@ -91,7 +91,8 @@ def ranks(what: str, models: Path, world: int) -> tuple[list[int], str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(world)
     ]

@@ -88,7 +88,7 @@ def check_resume(folder: Path, table: dict, case: dict, out: Path) -> None:
 
     straight = critic(folder, table, optim)
     step(*straight)
-    straight[0].save(out / "critic")
+    straight[0].save(out / "critic")()
     resumed = critic(folder, table, optim)
     resumed[0].load(out / "critic")
     assert [step(*straight) for _ in range(2)] == [step(*resumed) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +12,7 @@ from ..types import Batch, Group, Layout, Output, Refused
 if TYPE_CHECKING:
     import asyncio
     from collections import Counter
+    from concurrent.futures import Future
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -112,7 +114,11 @@ class Model(Protocol):
         ...
 
     def save(self, folder: Path) -> Callable[[], None]:
-        """Copy what a checkpoint holds; the answer, called in any thread while training goes on, writes it."""
+        """Copy all that a later ``load`` needs; returns what writes the copy into ``folder``, while training goes on.
+
+        What is returned may run in another thread and raises OSError, on all ranks if on one. It is a collective that
+        does not mix with others, and ends before the next ``save`` of this model, whose copies take the same memory.
+        """
         ...
 
     def load(self, folder: Path) -> None: ...
@@ -327,6 +333,44 @@ async def both[A, B](first: asyncio.Task[A], second: asyncio.Task[B]) -> tuple[A
     finally:
         first.cancel()
         second.cancel()
+
+
+class Behind:
+    """A thread of low priority for what is written while training goes on: one list of tasks at a time."""
+
+    def __init__(self) -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="behind", initializer=_yield)
+        self.done: Future[None] = Future()  # the last list, or what its first failure raised
+        self.done.set_result(None)
+
+    def start(self, tasks: list[Callable[[], object]]) -> None:
+        """Do ``tasks`` in their order; returns at once."""
+        self.done = self._thread.submit(_each, tasks)
+
+
+def write(path: Path, text: str) -> None:
+    """Raises OSError, which names the path whatever failed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from error
+
+
+def _each(tasks: list[Callable[[], object]]) -> None:
+    for task in tasks:
+        task()
+
+
+def _yield() -> None:
+    """Give this thread what others leave of the cores."""
+    import os
+    import threading
+
+    with suppress(OSError, AttributeError):  # threads have priorities of their own on Linux only
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Cluster(Protocol):

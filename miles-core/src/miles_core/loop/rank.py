@@ -6,13 +6,14 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..edges.protocols import Model, Transport, Worker
+from ..edges.protocols import Behind, Model, Transport, Worker, write
 from ..packing import Packed
 from ..plugins import Manifest
 from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
@@ -34,6 +35,7 @@ class TrainingRank:
         trained = [name for name, role in self._roles.items() if role.trained]
         self._trained = sorted(trained, key=lambda name: name == "policy")  # it learns from what the others say
         self._models: dict[str, Model] = {}
+        self._behind = Behind()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def address(self) -> str:
@@ -215,13 +217,15 @@ class TrainingRank:
             return self._transport.send(self._hooks.export(role="policy", model=self._models["policy"]), verify)
 
     def save(self, folder: str) -> None:
-        for name in self._trained:
-            self._models[name].save(Path(folder) / name)
-        self._state(folder).parent.mkdir(parents=True, exist_ok=True)  # nothing is saved of a frozen model
-        self._state(folder).write_text(json.dumps(self._hooks.state()))
+        """Copy what ``saved`` says is written. A save under way is waited for."""
+        self._behind.done.result()
+        tasks = [self._models[name].save(Path(folder) / name) for name in self._trained]
+        text = json.dumps(self._hooks.state())
+        self._behind.start([*tasks, lambda: write(self._state(folder), text)])
 
-    def saved(self) -> None:
-        pass
+    def saved(self) -> Future[None]:
+        """Whether the last ``save`` is on the disk; the host waits for it beside this thread."""
+        return self._behind.done
 
     def load(self, folder: str) -> None:
         for name in self._trained:

@@ -7,6 +7,7 @@ one set of ``torch.distributed`` groups.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 import threading
 from concurrent.futures import Future
@@ -45,7 +46,9 @@ class ThreadWorker:
 
         async def invoke() -> bytes:
             result = getattr(self._object, method)(*pickle.loads(given))
-            return pickle.dumps(await result if asyncio.iscoroutine(result) else result)
+            if isinstance(result, Future):
+                result = asyncio.wrap_future(result)
+            return pickle.dumps(await result if inspect.isawaitable(result) else result)
 
         if not self._thread.is_alive():
             raise WorkerDied(f"{self.name} was killed")

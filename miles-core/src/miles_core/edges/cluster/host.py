@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -40,7 +40,8 @@ class Host:
 
     A class with an ``async def`` method lives in the event loop: many calls are under way at once, and a plain method
     blocks them all. Any other class lives in a single thread, because modes and thread counts of torch belong to the
-    thread that set them. Calls through one handle begin in the order they were made.
+    thread that set them; where a method returns a future, that is waited for beside the thread. Calls through one
+    handle begin in the order they were made.
     """
 
     def __init__(self, name: str, threads: int, log: str | None, gpus: tuple[str, ...] | None) -> None:
@@ -86,7 +87,8 @@ class Host:
         try:
             function = getattr(self._object, method)
             if self._thread:
-                return await self._in_thread(function, *args)
+                result = await self._in_thread(function, *args)
+                return await asyncio.wrap_future(result) if isinstance(result, Future) else result
             result = function(*args)
             return await result if inspect.isawaitable(result) else result
         except asyncio.CancelledError:

@@ -7,8 +7,9 @@ import pickle
 import queue
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, mpu
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from .build import Trained
+from .snapshot import Snapshot
 
 # The optimizer's shards are written as they lie in its buffers: nothing is gathered, on writing or reading.
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
@@ -45,20 +52,97 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read back by these ranks; the message says why and what to change."""
 
 
-@torch.no_grad()
-def save(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None:
-    """Write one role into ``folder``, made if need be. A collective. Raises OSError where it cannot be written."""
-    _make(folder)
-    state = _sharded(module, trained, is_loading=False) | {"layout": _layout()}
-    if trained is not None:
-        state["scheduler"] = trained.scheduler.state_dict()
-    try:
+class Saver:
+    """Writes one role in two parts: copies of everything, made by all ranks together, and behind training the files."""
+
+    def __init__(self, module: torch.nn.Module, trained: Trained | None) -> None:
+        self._module, self._trained = module, trained
+        self._group: dist.ProcessGroup | None = None
+        self.snapshot = Snapshot()
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Copy what is to be written into ``folder``, made if need be; returns what writes it. A collective.
+
+        Raises OSError where the folder cannot be made. The function returned is a collective too, on a group of its
+        own, for any thread, and raises OSError on every rank where one cannot write. Only after it may ``save`` be
+        called again, since the copies share their memory.
+        """
+        _make(folder)
+        self._group = self._group or dist.new_group(backend="gloo")
+        state = _sharded(self._module, self._trained, is_loading=False) | {"layout": _layout()}
+        if self._trained is not None:
+            state["scheduler"] = self._trained.scheduler.state_dict()
+        apply_factories(state)
+        parts = [part for part in nested_values(state) if _written_here(part)]
+        for part, copy in zip(parts, self.snapshot.take([part.data for part in parts]), strict=True):
+            part.data = copy
+        planned = _Planned()
         with _library():
-            dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException) as error:
-        failures = [str(what).strip().splitlines()[-1] for what, _ in getattr(error, "failures", {}).values()]
-        said = failures[0] if failures else "another rank says why"
-        raise OSError(f"{folder}: the checkpoint could not be written: {said}") from error
+            dist_checkpointing.save(
+                state,
+                str(folder),
+                planned,
+                validate_access_integrity=False,
+                async_sharded_save=True,
+                async_strategy="mcore",
+            )
+        return partial(_write, folder, planned, self.snapshot, self._group)
+
+
+class _Planned(TorchDistSaveShardedStrategy):
+    """Megatron's strategy, which plans who writes what, up to the writing itself.
+
+    Its own last step, in which rank 0 hears from all others what they wrote, talks in the group of the training.
+    """
+
+    writer: FileSystemWriterAsync
+    metadata: Metadata | None  # on rank 0
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> Any:
+        self.writer, (_, self.metadata, _) = writer, planned
+        return super()._get_save_and_finalize_callbacks(writer, planned, async_strategy)
+
+
+def _written_here(part: Any) -> bool:
+    return isinstance(part, ShardedTensor) and part.data is not None and is_main_replica(part.replica_id)
+
+
+def _write(folder: Path, planned: _Planned, snapshot: Snapshot, group: dist.ProcessGroup) -> None:
+    """Write this rank's file, then on rank 0 what stands where in all of them."""
+    snapshot.wait()
+    mine: list[WriteResult] | str = _file(planned.writer)
+    first, world = dist.get_rank() == 0, dist.get_world_size()
+    everyones: list[Any] | None = [None] * world if first else None
+    dist.gather_object(mine, everyones, group=group)
+    said: list[str | None] = [None]
+    if everyones:
+        failed = [one for one in everyones if isinstance(one, str)]
+        said[0] = failed[0] if failed else _metadata(folder, planned, everyones)
+    dist.broadcast_object_list(said, group=group)
+    if said[0]:
+        raise OSError(f"{folder}: the checkpoint could not be written: {said[0]}")
+
+
+def _file(writer: FileSystemWriterAsync) -> list[WriteResult] | str:
+    """Where in this rank's file each part of it went, or why it could not be written."""
+    written: list[WriteResult] = []
+    for number, bucket in enumerate(writer.write_buckets):
+        # One file a rank. Megatron's way to write several loses what went wrong.
+        _, said = writer.write_preloaded_data([writer.transforms], number, bucket, None, None, use_fsync=True)
+        if isinstance(said, Exception):
+            return f"{bucket[0]}: {said}"
+        written += said
+    return written
+
+
+def _metadata(folder: Path, planned: _Planned, written: list[list[WriteResult]]) -> str | None:
+    try:
+        planned.writer.finish(planned.metadata, written)
+        save_config(CheckpointingConfig(planned.backend, planned.version), str(folder))
+    except OSError as error:
+        return f"{error.filename or folder / '.metadata'}: {error.strerror}"
+    return None
 
 
 def _make(folder: Path) -> None:

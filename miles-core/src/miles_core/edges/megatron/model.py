@@ -45,6 +45,7 @@ class MegatronModel:
         self._device = next(module.parameters()).device
         self.layout = layout()
         self._needs = memory.need(args, module, trained is not None)
+        self._saver = checkpoint.Saver(self.module, trained)
         self._turns = memory.Turns(trained, self._needs) if trained and shared else None
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -137,10 +138,10 @@ class MegatronModel:
             optimizer.zero_grad()
         return {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}, reason
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and random-number states into ``folder``. Raises OSError."""
+    def save(self, folder: Path) -> Callable[[], None]:
+        """See ``types.Model.save``: weights, optimizer, schedule and random-number states."""
         with device.running():
-            checkpoint.save(folder, self.module, self._trained)
+            return self._saver.save(folder)
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, bit by bit. Raises CheckpointError where the layout of ranks differs."""
