@@ -69,10 +69,10 @@ class RolloutTable(Table):
     top_k: int = Field(0, ge=0)  # 0 keeps the whole vocabulary
     stop_tokens: list[int] = []  # beside the tokenizer's end of sequence
     timeout_s: float = Field(600, gt=0)  # an engine that has not answered by then is restarted
-    max_staleness: int = Field(2, ge=0)  # of every token, in versions of the weights; this and the next two: mode async
+    max_staleness: int = Field(2, ge=0)  # of every token, in versions of the weights; this and the next two: async only
     too_old: Literal["regenerate", "drop"] = "regenerate"  # what becomes of a group that waited too long
-    weights: Literal["drain", "retract", "in_place"] = "in_place"  # as new ones arrive, what is under way is finished
-    # before them, goes on with its prompt computed anew, or goes on with what was computed
+    weights: Literal["drain", "retract", "in_place"] | None = None  # new ones wait until nothing is under way, or what
+    # is under way goes on with them, computed anew or with what was; left out, the engine's way of going on
 
 
 class EvalTable(Table):

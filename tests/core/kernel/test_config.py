@@ -51,7 +51,7 @@ def test_a_missing_key_points_at_its_table(write, complaints):
         ("optim.max_normm=2", "--set optim.max_normm=2: optim.max_normm: no such key; did you mean 'max_norm'?"),
         ("optim.lr", "--set optim.lr: write it as --set table.key=value"),
         ("steps.x=1", "--set steps.x=1: steps"),
-        ("mode=asink", "--set mode=asink: mode: input should be 'sync' or 'overlap', got 'asink'"),
+        ("mode=asink", "--set mode=asink: mode: input should be 'sync', 'overlap' or 'async', got 'asink'"),
     ],
 )
 def test_an_override_is_named_as_it_was_typed(complaints, override, said):

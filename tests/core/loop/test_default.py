@@ -62,3 +62,16 @@ def test_accuracy_is_the_unweighted_reward_that_the_run_names():
 @pytest.mark.parametrize("norm, skipped", [(1.0, False), (math.inf, True), (math.nan, True)])
 def test_a_gradient_that_is_not_finite_is_not_stepped_on(norm, skipped):
     assert (default().miles_skip_step(role="policy", step=1, grad_norm=norm) is not None) == skipped
+
+
+def test_keys_of_the_asynchronous_mode_are_refused_elsewhere():
+    def said(**tables):
+        found = []
+        default(**tables).miles_check(lambda *fault: found.append(fault))
+        return found
+
+    keys = {"max_staleness": 3, "too_old": "drop", "weights": "drain"}
+    assert said(mode="async", rollout=keys) == []
+    assert [key for key, _ in said(mode="overlap", rollout=keys)] == [f"rollout.{key}" for key in keys]
+    assert "this is 'sync'" in said(rollout={"too_old": "drop"})[0][1]
+    assert said(mode="async", placement={"engines": 0})[0][0] == "mode"

@@ -14,7 +14,7 @@ def write(store, step, text="weights"):
     folder = store.begin(step)
     (folder / "policy").mkdir()
     (folder / "policy" / "rank-0").write_text(text * 100)
-    return store.commit(folder, RunState(step=step, cursor=step * 10))
+    return store.commit(folder, RunState(step=step, position=step * 10))
 
 
 def newest(store):
@@ -26,7 +26,7 @@ def test_the_newest_comes_back_with_its_state(store):
     for step in (5, 10):
         write(store, step)
     (folder, state), said = newest(store)
-    assert (folder.name, state.step, state.cursor, said) == ("step-000010", 10, 100, [])
+    assert (folder.name, state.step, state.position, said) == ("step-000010", 10, 100, [])
 
 
 def test_old_ones_go_only_after_a_new_one_is_whole(store):

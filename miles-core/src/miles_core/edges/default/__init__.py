@@ -6,6 +6,7 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from ...config import RolloutTable
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
 from ...types import Refused
@@ -30,6 +31,13 @@ class Default(Plugin):
                 f"the last of {batch.epochs} x {batch.updates} updates learns from tokens drawn {age} updates ago; "
             )
             complain("batch.epochs", message + f"batch.max_age allows {batch.max_age}: lower one or raise the other")
+        if self.run.mode != "async":
+            fixed = RolloutTable()
+            for key in ("max_staleness", "too_old", "weights"):
+                if getattr(self.run.rollout, key) != getattr(fixed, key):
+                    complain(f"rollout.{key}", f'is for mode = "async", and this is {self.run.mode!r}; remove one')
+        elif not self.run.placement.engines:
+            complain("mode", "responses are given, so nothing streams: leave it out, or raise placement.engines")
         if self.run.optim.min_lr > self.run.optim.lr:
             complain("optim.min_lr", f"is above optim.lr = {self.run.optim.lr}")
         if self.run.optim.schedule == "constant" and self.run.optim.min_lr:

@@ -72,7 +72,10 @@ class SGLang(Plugin):
             )
         if place.layout != "cpu" and not gpus:
             complain("sglang.device", f'"cpu" is for placement.layout = "cpu"; it is {place.layout!r}')
-        if place.layout == "colocate" and self.run.max_staleness:
+        if self.run.rollout.weights == "in_place":
+            why = "SGLang would keep prompts that old weights have read, and give them to new requests"
+            complain("rollout.weights", f'{why}; say "retract" or "drain"')
+        if place.layout == "colocate" and (self.run.max_staleness or self.run.mode == "async"):
             complain(
                 "mode", 'trainers and engines that share GPUs take turns: mode = "sync", or placement.layout = "split"'
             )

@@ -1,0 +1,90 @@
+"""How many groups may be under way: never so many that one would be too old, always enough to go on."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from miles_core.pacing import Admission, sampling, times
+
+sizes = st.integers(1, 5)
+
+
+def turn(admission: Admission, seed: int, drops: float) -> list[tuple[int, int, int]]:
+    """A run in which rollouts and the trainer move in an order drawn at random.
+
+    Returns a row a group that was trained on: its step, and the versions at which it was begun and came back.
+    """
+    draw = random.Random(seed)
+    flying: list[int] = []
+    ripe: list[tuple[int, int]] = []
+    trained: list[tuple[int, int, int]] = []
+    while admission.version < admission.steps:
+        moves = ["fly"] * (admission.room > 0) + ["land"] * bool(flying)
+        due = len(ripe) >= admission.groups
+        if due and (admission.streaming or admission.rests):
+            moves.append("train")
+        assert moves, f"nothing can go on: {admission}"
+        match draw.choice(moves):
+            case "fly":
+                flying += [admission.version] * admission.room
+            case "land":
+                begun = flying.pop(draw.randrange(len(flying)))
+                if draw.random() >= drops:
+                    ripe.append((begun, admission.version))
+                    admission.used += 1
+            case "train":
+                ripe.sort()
+                taken, ripe = ripe[: admission.groups], ripe[admission.groups :]
+                trained += [(admission.version + 1, *group) for group in taken]
+                admission.version += 1
+        admission.flying = len(flying)
+    assert not (flying and not admission.streaming)
+    return trained
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes, sizes, st.integers(0, 3), st.integers(), st.sampled_from([0.0, 0.4]))
+def test_streaming_goes_on_and_never_admits_more_than_staleness_allows(groups, steps, staleness, seed, drops):
+    admission = Admission(groups, steps, staleness, streaming=True)
+    trained = turn(admission, seed, drops)
+    assert len(trained) == groups * steps == len({i for i, _ in enumerate(trained)})
+    assert admission.used <= groups * steps
+    if not staleness:
+        assert all(step - 1 == begun == back for step, begun, back in trained)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes, sizes, st.integers(0, 1), st.integers(), st.sampled_from([0.0, 0.4]))
+def test_in_turns_and_overlapped_a_step_has_the_weights_that_its_mode_promises(groups, steps, staleness, seed, drops):
+    trained = turn(Admission(groups, steps, staleness, streaming=False), seed, drops)
+    assert len(trained) == groups * steps
+    assert all(begun == back == max(step - 1 - staleness, 0) for step, begun, back in trained)
+
+
+def test_while_weights_are_awaited_nothing_is_begun():
+    admission = Admission(4, 9, 2, streaming=True, flying=3)
+    assert admission.room == 9 and not admission.rests
+    admission.draining = True
+    assert admission.room == 0 and not admission.rests
+    admission.flying = 0
+    assert admission.rests
+
+
+def test_waves_add_up_in_turns_and_are_averaged_where_they_overlap():
+    waves = [(1.0, 1.5), (3.0, 4.5)]
+    assert sampling(waves, streaming=False) == {"time/sample": 4.0, "time/reward": 2.0}
+    assert sampling(waves, streaming=True) == {"time/sample": 2.0, "time/reward": 1.0}
+    assert sampling([], streaming=True) == {"time/sample": 0.0, "time/reward": 0.0}
+
+
+def test_the_parts_of_a_step_add_up_to_its_wall_time():
+    metrics = {"time/train": 3.0, "time/sync": 0.5, "time/sample": 1.5, "time/reward": 0.25, "rollout/tokens": 60.0}
+    spent = times(metrics, waited=2.0, wall=6.0, ahead=0.0, turns=True)
+    assert spent["tokens_per_s"] == 10.0
+    parts = sum(metrics[f"time/{part}"] for part in ("train", "sync", "sample", "reward"))
+    assert parts + spent["time/other"] == pytest.approx(6.0)
+    overlapped = times(metrics, waited=2.0, wall=6.0, ahead=1.0, turns=False)
+    assert 3.0 + 0.5 + 2.0 + overlapped["time/other"] - 1.0 == pytest.approx(6.0)
