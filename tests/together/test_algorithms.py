@@ -1,11 +1,16 @@
 """Whole runs of PPO, DPO and SFT, from their examples: what they leave, and what must not change a number."""
 
+import asyncio
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from miles_core.edges.toml import Source
+from miles_core.plugins import assemble
+from miles_core.testing.runs import INLINE
 from whole_runs import timeless
 
 pytestmark = pytest.mark.slow
@@ -24,11 +29,21 @@ def go(runs):
         shutil.copy(REVERSE / f"{name}.toml", runs.folder)
 
     def go(algorithm, name, *keys, resume=False):
-        args = [arg for key in (*SMALL, *keys) for arg in ("--set", key)]
-        runs.run(name, *args, *(["--resume"] if resume else []), file=f"{algorithm}.toml")
+        if any(key.startswith("placement.trainers") or "apart" in key for key in keys):
+            runs.run(name, *(arg for key in (*SMALL, *keys) for arg in ("--set", key)), file=f"{algorithm}.toml")
+        else:  # one rank may be a thread of this process: the same loop, without the seconds that processes take
+            in_threads(runs.folder / f"{algorithm}.toml", runs.folder / name, [*SMALL, *keys], resume)
         return runs.metrics(name)
 
     return go
+
+
+def in_threads(file, folder, keys, resume):
+    source = Source([file], [*keys, f"run_dir={folder}", f'plugins=["{INLINE}"]'])
+    with warnings.catch_warnings(action="ignore"):  # Megatron's, about what this machine lacks
+        from miles_core.loop.driver import train
+
+        asyncio.run(train(assemble(source).at(folder), folder, resume))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +140,13 @@ def test_a_loss_that_ignores_its_weights_is_refused(runs, go):
         "    @hookimpl\n    def miles_loss(self, role, batch, output):\n"
         "        return Loss((output.logprobs * batch.mask).sum())\n"
     )
-    keys = ['algorithm="./careless.py"', "steps=1", "eval.every=0", 'batch.old_logprobs="both"']
+    keys = [
+        'algorithm="./careless.py"',
+        "steps=1",
+        "eval.every=0",
+        'batch.old_logprobs="both"',
+        f'plugins=["{INLINE}"]',
+    ]
     err = runs.run("careless", *(x for key in keys for x in ("--set", key)), expect=2).stderr
     assert "the algorithm's loss ignores batch.weighed" in err and "Traceback" not in err
 
