@@ -1,10 +1,13 @@
 """What is done behind training is done in its order, one list at a time, and tells what went wrong."""
 
+import asyncio
 import os
 import threading
+from concurrent.futures import Future
 
 import pytest
-from miles_core.edges.protocols import Behind, writing
+from miles_core.edges.protocols import Behind, Process, writing
+from miles_core.testing.threads import Threads
 
 
 def test_tasks_run_in_another_thread_in_their_order():
@@ -40,3 +43,22 @@ def test_a_full_disk_is_told_with_its_path(tmp_path):
         writing(tmp_path / "state.json", "{}" * 10_000)()
     writing(tmp_path / "made" / "state.json", "{}")()
     assert (tmp_path / "made" / "state.json").read_text() == "{}"
+
+
+class Later:
+    def later(self, fails):
+        future = Future()
+        end = future.set_exception if fails else future.set_result
+        threading.Timer(0.05, end, [OSError("/disk: full") if fails else "written"]).start()
+        return future
+
+
+def test_the_kits_processes_answer_a_future_too():
+    async def asked():
+        worker = await Threads().start(Process("later", f"{__name__}:Later"))
+        assert await worker.call("later", False) == worker.ask("later", False) == "written"
+        with pytest.raises(OSError, match="/disk: full"):
+            await worker.call("later", True)
+        await worker.kill()
+
+    asyncio.run(asked())
