@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
@@ -87,6 +88,13 @@ class Plain:
 
     def sleep(self, seconds):
         threading.Event().wait(seconds)
+
+    def later(self, fails):
+        """What is done once ``sleep(0.2)`` would be, in another thread."""
+        future = Future()
+        end = future.set_exception if fails else future.set_result
+        threading.Timer(0.2, end, [OSError("/disk: full") if fails else "written"]).start()
+        return future
 
     def ask(self, other, method, *args):
         return other.ask(method, *args)

@@ -111,6 +111,20 @@ def test_waiting_does_not_block_the_loop(plain):
     assert asyncio.run(tick()) > 5
 
 
+def test_a_future_is_waited_for_beside_the_thread(plain):
+    async def during():
+        later, counted = asyncio.ensure_future(plain.call("later", False)), 0
+        while not later.done():
+            await plain.call("count")
+            counted += 1
+        return await later, counted
+
+    said, counted = asyncio.run(during())
+    assert said == "written" and counted > 5
+    with pytest.raises(OSError, match="/disk: full"):
+        plain.ask("later", True)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_set_before_torch_is_imported(cluster, threads):
     worker = start(cluster, "Plain", name=f"trainer-{threads}", threads=threads)

@@ -1,8 +1,10 @@
 """One process of ``test_layouts.py``: trains each model in each layout of its ranks and compares with the reference."""
 
+import pickle
 import random
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -184,15 +186,47 @@ def check_resume(folder: Path, table: dict, case: dict, out: Path) -> None:
         return model.step(lambda norm: None)[0]
 
     step(model)
-    model.save(out / "checkpoint")()
-    straight = [step(model), drawn(), step(model), gathered(model.export())]
+    torch.use_deterministic_algorithms(True)  # what lies between parameters, and is written too, is the same each time
+    waited_for(model, out / "plain")
+    write = model.save(out / "aside")
+    with ThreadPoolExecutor(1) as behind:
+        writing = behind.submit(write)
+        straight = [step(model), drawn(), step(model), gathered(model.export())]
+        writing.result()
+    model.save(out / "later")()  # of later weights, in the memory that the first save copied into
+    torch.use_deterministic_algorithms(False)
+    check_same(out)
     plugin, model = built(folder, table, world, optim)
     drawn()
-    model.load(out / "checkpoint")
+    model.load(out / "aside")
     resumed = [step(model), drawn(), step(model), gathered(model.export())]
     assert resumed[:3] == straight[:3]
     assert all(torch.equal(tensor, straight[3][name]) for name, tensor in resumed[3].items())
-    check_broken(model, out / "checkpoint")
+    check_broken(model, out / "aside")
+
+
+def waited_for(model, folder: Path) -> None:
+    """The same checkpoint by Megatron alone, in one go."""
+    from megatron.core import dist_checkpointing
+    from miles_core.edges.megatron import checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with device.running(), torch.no_grad(), checkpoint._library():
+        state = checkpoint._sharded(model.module, model._trained, is_loading=False) | {"layout": checkpoint._layout()}
+        state["scheduler"] = model._trained.scheduler.state_dict()
+        dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
+
+
+def check_same(out: Path) -> None:
+    """Every byte is what it would have been, and of its moment."""
+    plain, aside, later = (
+        {p.name: p.read_bytes() for p in (out / name).iterdir()} for name in ("plain", "aside", "later")
+    )
+    said = [pickle.loads(files.pop(".metadata")) for files in (plain, aside)]  # has a number of its own each time
+    assert said[0].storage_data == said[1].storage_data and said[0].planner_data == said[1].planner_data
+    assert aside == plain
+    assert all(later[name] != plain[name] for name in plain if "distcp" in name)
+    dist.barrier()
 
 
 def check_broken(model, folder: Path) -> None:

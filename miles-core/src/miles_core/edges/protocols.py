@@ -350,13 +350,17 @@ class Behind:
         self.done = self._thread.submit(_each, tasks)
 
 
-def write(path: Path, text: str) -> None:
-    """Raises OSError, which names the path whatever failed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from error
+def writing(path: Path, text: str) -> Callable[[], None]:
+    """A task that writes ``text``. It raises OSError, which names the path whatever failed."""
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            raise OSError(f"{path}: {error.strerror}") from error
+
+    return write
 
 
 def _each(tasks: list[Callable[[], object]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..edges.protocols import Behind, Model, Transport, Worker, write
+from ..edges.protocols import Behind, Model, Transport, Worker, writing
 from ..packing import Packed
 from ..plugins import Manifest
 from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
@@ -42,15 +42,13 @@ class TrainingRank:
         """Where the ranks can meet; asked of rank 0 only."""
         with socket.socket() as free:
             free.bind(("", 0))
-            host = socket.gethostbyname(socket.gethostname())
-            return f"tcp://{host}:{free.getsockname()[1]}"
+            return f"tcp://{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
 
     def build(self, address: str) -> Layout:
         """Meet the other ranks, then build every role's model with its weights loaded."""
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=address, rank=self._rank, world_size=self._world)
-        for name, role in self._roles.items():
-            self._models[name] = self._hooks.model(name=name, role=role)
+        self._models |= {name: self._hooks.model(name=name, role=role) for name, role in self._roles.items()}
         self._layout = next(iter(self._models.values())).layout
         return self._layout
 
@@ -114,9 +112,8 @@ class TrainingRank:
         log-probabilities, and whoever trains before it its columns. That saves a forward pass.
         """
         flat = sum(batches, [])
-        first = training[0] if training else None
         for name in self._models:
-            self._fill(name, flat if name in ("policy", *need) or name != first else flat[len(batches[0]) :])
+            self._fill(name, flat if name in ("policy", *need) or name not in training[:1] else flat[len(batches[0]) :])
         if self._run.batch.old_logprobs == "engine":
             for batch in flat:
                 batch.old_logprobs = batch.rollout_logprobs
@@ -124,7 +121,10 @@ class TrainingRank:
             for batch in flat:
                 batch.old_logprobs = batch.columns.get(same[0])
         elif "policy" in (*training, *need):
-            self._recompute(flat if need else flat[len(batches[0]) :])
+            rows = flat if need else flat[len(batches[0]) :]
+            outputs = self._models["policy"].run(rows, self._through("policy"), None) if rows else []
+            for batch, output in zip(rows, outputs, strict=False):
+                batch.old_logprobs = output.logprobs
         if self._layout.last_stage:
             for batch in flat:
                 self._complete(batch)
@@ -136,12 +136,6 @@ class TrainingRank:
         outputs = self._models[name].run(rows, self._through(name), None) if rows else []
         for batch, output in zip(rows, outputs, strict=False):  # no outputs off the last stage
             batch.columns |= {column: getattr(output, of.field) for column, of in mine.items()}
-
-    def _recompute(self, batches: list[Batch]) -> None:
-        """Old log-probabilities."""
-        outputs = self._models["policy"].run(batches, self._through("policy"), None) if batches else []
-        for batch, output in zip(batches, outputs, strict=False):
-            batch.old_logprobs = output.logprobs
 
     def _complete(self, batch: Batch) -> None:
         """Columns computed from columns, as soon as all of those are there."""
@@ -220,8 +214,7 @@ class TrainingRank:
         """Copy what ``saved`` says is written. A save under way is waited for."""
         self._behind.done.result()
         tasks = [self._models[name].save(Path(folder) / name) for name in self._trained]
-        text = json.dumps(self._hooks.state())
-        self._behind.start([*tasks, lambda: write(self._state(folder), text)])
+        self._behind.start([*tasks, writing(self._state(folder), json.dumps(self._hooks.state()))])
 
     def saved(self) -> Future[None]:
         """Whether the last ``save`` is on the disk; the host waits for it beside this thread."""

@@ -91,8 +91,11 @@ class Megatron(Plugin):
                 if device.has_gpu():
                     memory.check(name, memory.need(args, module, role.trained))
                 trained = build.trained(args, module) if role.trained else None
-                built: Model = model.MegatronModel(name, args, folder, module, trained, shared)
-                return built
+                built = model.MegatronModel(name, args, folder, module, trained, shared)
+                if role.trained and self.run.checkpoint.every:
+                    built.saves_often()
+                whole: Model = built
+                return whole
 
         if not role.cache or role.trained:
             return made()

@@ -6,6 +6,7 @@ import logging
 import pickle
 import queue
 import random
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,9 +132,17 @@ def _file(writer: FileSystemWriterAsync) -> list[WriteResult] | str:
         # One file a rank. Megatron's way to write several loses what went wrong.
         _, said = writer.write_preloaded_data([writer.transforms], number, bucket, None, None, use_fsync=True)
         if isinstance(said, Exception):
+            _forget(said)
             return f"{bucket[0]}: {said}"
         written += said
     return written
+
+
+def _forget(error: BaseException | None) -> None:
+    """End now what failed. PyTorch's unfinished archive crashes the process when it is left to garbage collection."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _metadata(folder: Path, planned: _Planned, written: list[list[WriteResult]]) -> str | None:

@@ -9,6 +9,7 @@ freed and the others wait in pinned memory of the host.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,9 +75,10 @@ class Turns:
 
     of_this_rank: ClassVar[list[Turns]] = []  # an engine's turn begins when all of them rest
 
-    def __init__(self, trained: Trained, wanted: Need) -> None:
+    def __init__(self, trained: Trained, wanted: Need, settle: Callable[[], None]) -> None:
+        """``settle`` lets memory be given away that is still being copied for a checkpoint."""
         self.of_this_rank.append(self)
-        self._trained = trained
+        self._trained, self._settle = trained, settle
         self.moves = wanted.optimizer > KEPT * torch.cuda.mem_get_info()[1]
         self._host: dict[tuple[int, str], Tensor] = {}  # pinned, kept from turn to turn
         # Adam's moments come into being in the first step, when the engine has long taken what was free at its start.
@@ -88,6 +90,7 @@ class Turns:
         if self._resting:
             return
         self._resting = True
+        self._settle()
         if self.moves:
             self._trained.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
             self._each(self._to_host)

@@ -46,7 +46,8 @@ class MegatronModel:
         self.layout = layout()
         self._needs = memory.need(args, module, trained is not None)
         self._saver = checkpoint.Saver(self.module, trained)
-        self._turns = memory.Turns(trained, self._needs) if trained and shared else None
+        settle = self._saver.snapshot.settle
+        self._turns = memory.Turns(trained, self._needs, settle) if trained and shared else None
 
     def total(self, tensor: Tensor) -> Tensor:
         """See ``types.Model.total``."""
@@ -129,6 +130,7 @@ class MegatronModel:
             optimizer.prepare_grads()
             norm = float(optimizer.get_grad_norm())
             reason = veto(norm)
+            self._saver.snapshot.settle()
             if reason is None:
                 if self._args.clip_grad > 0:
                     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._args.clip_grad, norm)
@@ -137,6 +139,13 @@ class MegatronModel:
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
         return {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}, reason
+
+    def saves_often(self) -> None:
+        """Reserve the memory that a save takes, so that the first is as quick as the others."""
+        copied = self._needs.masters + self._needs.moments
+        if self.layout.dp_rank == 0:  # the other replicas' weights are not written
+            copied += self._needs.weights
+        self._saver.snapshot.reserve(copied + copied // 64)  # between parameters there may be room
 
     def save(self, folder: Path) -> Callable[[], None]:
         """See ``types.Model.save``: weights, optimizer, schedule and random-number states."""
@@ -148,6 +157,7 @@ class MegatronModel:
         if self._turns:
             self._turns.wake()
         with device.running():
+            self._saver.snapshot.settle()
             checkpoint.load(folder, self.module, self._trained)
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ class Snapshot:
         torch.from_numpy(self._memory).zero_()  # touches every page, and lets other threads run
         if device.has_gpu():
             cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(cuda.cudaHostRegister(self._memory.ctypes.data, size, 0)) == 0:  # else it is slower
+            if int(cuda.cudaHostRegister(self._memory.ctypes.data, size, 1)) == 0:  # else it is slower
                 self._unpin = weakref.finalize(self, cuda.cudaHostUnregister, self._memory.ctypes.data)
 
     def _copy(self, spans: list[_Span]) -> None:
