@@ -245,19 +245,39 @@ class LedgerError(Exception):
 
 
 class Queue(Protocol):
-    """Where scored groups wait for the trainer."""
+    """Where groups wait between sampling and training, and outlive the processes of the run. For one event loop."""
 
-    async def open(self) -> dict[int, int]: ...
+    async def open(self) -> dict[int, int]:
+        """Begin; returns ids and sizes in bytes of what an earlier process of this run left, in its order."""
+        ...
 
-    async def put(self, id: int, value: Any) -> None: ...
+    async def put(self, id: int, value: Any) -> None:
+        """Take a copy of ``value``; returns once there is room for it, in the order of the calls.
 
-    async def get(self, ids: list[int]) -> list[Any]: ...
+        Raises Refused where it is larger than all the room there is, ValueError of an id that is in the queue.
+        """
+        ...
 
-    async def forget(self, ids: list[int]) -> None: ...
+    async def get(self, ids: list[int]) -> list[Any]:
+        """Values in that order; they stay. Raises LookupError of an id that is not here, or not whole."""
+        ...
 
-    async def sync(self) -> None: ...
+    async def forget(self, ids: list[int]) -> None:
+        """Give up their room, also on disk; ids that are not here are passed over."""
+        ...
 
-    async def close(self) -> None: ...
+    async def sync(self) -> None:
+        """Make durable what was put so far: it outlives a power cut. Raises OSError where the disk fails."""
+        ...
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Bytes that wait, and how many may."""
+        ...
+
+    async def close(self) -> None:
+        """End the process; what is on disk stays there."""
+        ...
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -274,6 +294,7 @@ class Process:
     gpus: float = 0.0
     threads: int = 1  # for torch and OpenMP
     beside: tuple[str, ...] = ()  # processes started before it, whose GPUs it shares, on their machine
+    here: bool = False  # on the machine of the driver, whose disk it needs
 
 
 class Worker(Protocol):
@@ -385,7 +406,14 @@ class Cluster(Protocol):
         ...
 
     async def share(self, value: Any) -> Any:
-        """A reference to ``value`` that ``Worker.call`` resolves on the other side; sent once however often used."""
+        """A reference to ``value`` that ``Worker.call`` resolves on the other side; sent once however often used.
+
+        It is a copy: ``value`` may be changed afterwards. What it takes is given back with its last reference.
+        """
+        ...
+
+    async def fetch(self, references: list[Any]) -> list[Any]:
+        """What ``share`` was given, for the one who shared it. Raises WorkerDied where it is lost."""
         ...
 
     async def close(self) -> None:

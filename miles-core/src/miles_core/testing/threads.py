@@ -78,7 +78,10 @@ class Threads:
         return worker
 
     async def share(self, value: Any) -> Any:
-        return value
+        return pickle.loads(pickle.dumps(value, 5))
+
+    async def fetch(self, references: list[Any]) -> list[Any]:
+        return references
 
     async def close(self) -> None:
         for worker in self._workers:

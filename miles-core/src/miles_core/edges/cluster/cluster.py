@@ -61,6 +61,15 @@ class RayCluster:
         await self._session.answer(self._start_timeout)
         return _ray().put(value)  # a copy into shared memory: a thread for it costs more than it
 
+    async def fetch(self, references: list[Any]) -> list[Any]:
+        from ray.exceptions import RayError
+
+        try:
+            values: list[Any] = _ray().get(references)  # on this machine, where ``share`` put them: nothing to wait for
+        except RayError as error:
+            raise WorkerDied(f"a shared object is lost: {type(error).__name__}") from error
+        return values
+
     async def close(self) -> None:
         if not self._session.owned:
             await asyncio.gather(*(worker.kill() for worker in self._workers))
@@ -77,10 +86,10 @@ class RayCluster:
             log = str(folder / f"{process.name}.log")
         where, gpus = None, tuple[str, ...]() if not process.gpus else None
         if hosts:
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-            where = NodeAffinitySchedulingStrategy(hosts[0].node, soft=False)
+            where = _on(hosts[0].node)
             gpus = tuple(gpu for host in hosts for gpu in host.gpus)
+        elif process.here:
+            where = _on(_ray().get_runtime_context().get_node_id())
         return (
             _ray()
             .remote(type(process.name, (Host,), {}))  # the name of the class is what ps and Ray's dashboard show
@@ -131,6 +140,12 @@ def _shortage(process: Process) -> str:
 
 def _amount(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPUs and {gpus:g} GPUs"
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _ray() -> Any:
