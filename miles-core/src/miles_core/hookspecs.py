@@ -73,7 +73,7 @@ class Hooks:
         """What keeps this run's checkpoints."""
 
     @hook("slot", "driver")
-    def miles_queue(self, run_dir: Path, cluster: Cluster) -> Queue:
+    def miles_queue(self, run_dir: Path, cluster: Cluster, say: Callable[[str], None]) -> Queue:
         """Where scored groups wait for the trainer."""
 
     @hook("slot", "driver")

@@ -34,6 +34,7 @@ BUILTIN = {
     "shm": "miles_core.edges.transport:SharedMemory",
     "data": "miles_core.edges.data:Data",
     "reward": "miles_core.edges.reward:Reward",
+    "queue": "miles_core.edges.queue:Queue",
     "correction": "miles_core.edges.correction:Correction",
     "tracking": "miles_core.edges.tracking:Tracking",
     "store": "miles_core.edges.store:Folder",

@@ -67,7 +67,7 @@ async def attempt(
     cluster, loop = hooks.cluster(run_dir=run_dir), None
     found = store.newest(say) if resume else None
     try:
-        fleet, queue = await start(manifest, hooks, cluster), hooks.queue(run_dir=run_dir, cluster=cluster)
+        fleet, queue = await start(manifest, hooks, cluster), hooks.queue(run_dir=run_dir, cluster=cluster, say=say)
         loop = Loop(hooks, fleet, store, Rollouts(hooks, fleet, store.ledger(say), queue), run_dir)
         await loop.restore(found)
         await loop.turn()
