@@ -11,7 +11,8 @@ from pathlib import Path
 
 import miles_core.hookspecs
 import pytest
-from miles_core.plugins import SPECS, check
+from miles_core.contract import check
+from miles_core.plugins import SPECS
 
 ROOT = Path(__file__).parents[2]
 HOOKS = ROOT / "docs" / "hooks"

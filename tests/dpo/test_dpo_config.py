@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from dpo_cases import complaints, plugin
-from miles_core.plugins import check
+from miles_core.contract import check
 from miles_core.types import Column, Role
 from miles_plugin_dpo import DPO
 from miles_plugin_dpo.sft import SFT

@@ -6,8 +6,8 @@ import sys
 import pytest
 from grpo_cases import plugin
 from miles_core.config import RunConfig
+from miles_core.contract import check
 from miles_core.edges.toml import Source
-from miles_core.plugins import check
 from miles_core.types import Column, Role
 from miles_plugin_grpo import GRPO
 from miles_plugin_grpo.config import VARIANTS

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from miles_core.plugins import check
+from miles_core.contract import check
 from miles_core.types import Column, Role
 from miles_plugin_ppo import PPO
 from ppo_cases import plugin

@@ -19,7 +19,7 @@ import pluggy
 from packaging.requirements import Requirement
 
 from . import __version__
-from .config import RunConfig, Table, suggest
+from .config import RunConfig, Table
 from .hookspecs import Hooks, Place
 from .types import Refused
 
@@ -80,6 +80,8 @@ class Found:
             raise PluginError(f"{self.dist} {self.version} does not import: {why}") from error
         if not (isinstance(cls, type) and issubclass(cls, Plugin)):
             raise PluginError(f"{self.dist} {self.version}: {self.entry.value} is not a miles_core.Plugin")
+        from .contract import check  # which imports this module
+
         check(self.name, cls)
         return cls
 
@@ -119,33 +121,6 @@ def _only_class(found: Found) -> type[Plugin]:
     if len(classes) != 1:
         raise PluginError(f"{found.dist} defines {len(classes)} subclasses of miles_core.Plugin; define exactly one")
     return classes[0]
-
-
-def check(name: str, cls: type[Plugin]) -> None:
-    """Refuse at load time what pluggy would only ignore at call time."""
-    for attr, function in inspect.getmembers(cls, inspect.isfunction):
-        if not attr.startswith("miles_"):
-            if getattr(function, "miles_impl", None) is not None:
-                raise PluginError(f"plugin {name}: {attr} is marked @hookimpl, but hooks are called miles_...")
-            continue
-        if attr not in SPECS:
-            raise PluginError(f"plugin {name}: no hook {attr}{suggest(attr, SPECS)}")
-        spec, marks = SPECS[attr], getattr(function, "miles_impl", None)
-        given, known = inspect.signature(function).parameters, inspect.signature(spec).parameters
-        if marks is None:
-            raise PluginError(f"plugin {name}: {attr} is not marked @hookimpl")
-        if marks["tryfirst"] or marks["trylast"]:
-            raise PluginError(f"plugin {name}: {attr} sets its own order; order belongs to plugins = [...]")
-        if marks["hookwrapper"] or (marks["wrapper"] and (spec.kind != "slot" or inspect.iscoroutinefunction(spec))):
-            raise PluginError(f"plugin {name}: {attr} cannot be wrapped; only a plain slot can, with wrapper=True")
-        if not marks["wrapper"] and inspect.iscoroutinefunction(spec) != inspect.iscoroutinefunction(function):
-            want = "async def" if inspect.iscoroutinefunction(spec) else "def"
-            raise PluginError(f"plugin {name}: {attr} must be `{want}`")
-        if function.__defaults__ or function.__kwdefaults__:
-            raise PluginError(f"plugin {name}: {attr} gives an argument a default; hooks always pass it")
-        if unknown := [p for p in given if p not in known]:
-            takes = ", ".join(list(known)[1:]) or "no arguments"
-            raise PluginError(f"plugin {name}: {attr} has no argument {unknown[0]!r}; it takes {takes}")
 
 
 class Registry:

@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from miles_core import Plugin, hookimpl
 from miles_core.cli import Command
 from miles_core.config import ConfigError, RunConfig
+from miles_core.contract import check
 from miles_core.edges.toml import Source
 from miles_core.edges.toml.assemble import assemble
-from miles_core.plugins import BUILTIN, PluginError, Registry, check, installed
+from miles_core.plugins import BUILTIN, PluginError, Registry, installed
 from miles_core.types import Refused
 
 ONE = RunConfig(algorithm="a", model={"path": "/m"})

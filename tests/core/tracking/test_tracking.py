@@ -7,8 +7,8 @@ import sys
 import threading
 
 import pytest
+from miles_core.contract import check
 from miles_core.edges.tracking import Tracking
-from miles_core.plugins import check
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 

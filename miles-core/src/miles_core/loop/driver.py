@@ -160,7 +160,7 @@ class Loop:
         """Have the step's weights sent, behind its training, to engines at rest, and then the next step trained."""
 
         def sent() -> None:
-            if goes_on and self.next and self.next.done() and not self.next.exception():
+            if goes_on and not self.ahead and self.next and self.next.done() and not self.next.exception():
                 now, ready = time.perf_counter(), self.next.result()
                 self.ahead = now, asyncio.ensure_future(self.train(step + 1, ready))
 

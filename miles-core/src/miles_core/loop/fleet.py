@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..edges.protocols import Cluster, Engines, Process, Worker, WorkerDied, everyone
-from ..packing import Unit, count, distribute, pack
+from ..edges.protocols import Cluster, EngineError, Engines, Process, TransportError, Worker, WorkerDied, everyone
+from ..formulas.meter import total
+from ..packing import Unit, count, distribute, exchange, pack
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
 
+TRIES = 2  # to move weights, after the first
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
 
 
@@ -29,6 +31,7 @@ class Fleet:
     asked: int = 0  # the last step that the ranks were asked to train
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # until every rank is asked to train
     healing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    replaced: list[tuple[str, str]] = field(default_factory=list)  # engines nobody was told of yet, and why
 
     @property
     def trainers(self) -> list[Worker]:
@@ -58,42 +61,34 @@ class Fleet:
             if self.turns:
                 await everyone(self.engines, "begin_update")
             teams, given, self.asked = [self.ranks, *self.apart], await self._given(payload), step
-        return self._total(await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams)))
+        return total(
+            self.layouts, await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
+        )
 
     async def score(self, payload: Any) -> dict[str, float]:
         """The metrics of one update that nothing learns from."""
-        return self._total([await everyone(self.ranks, "evaluate", payload, await self._given(payload))])
+        return total(self.layouts, [await everyone(self.ranks, "evaluate", payload, await self._given(payload))])
 
     async def _given(self, payload: Any) -> Any:
         """What each team's roles say of every micro-batch, for all of them; None where there is one team."""
         if not self.apart:
             return None
         answers = await asyncio.gather(*(everyone(team, "columns", payload) for team in [self.ranks, *self.apart]))
-        return await self.cluster.share(self._exchange(answers))
-
-    def _exchange(self, answers: list[list[list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
-        """Every team's columns put together, by data-parallel rank and micro-batch."""
-        given: list[list[dict[str, Any]]] = [[] for _ in range(self.layouts[0].dp_size)]
-        for team in answers:
-            for layout, rows in zip(self.layouts, team, strict=True):
-                if layout.reports:
-                    have = given[layout.dp_rank] or [{} for _ in rows]
-                    given[layout.dp_rank] = [mine | more for mine, more in zip(have, rows, strict=True)]
-        return given
-
-    def _total(self, teams: list[list[dict[str, float]]]) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for answers in teams:
-            reports = [answer for answer, layout in zip(answers, self.layouts, strict=True) if layout.reports]
-            for name in reports[0]:
-                values = [report[name] for report in reports]
-                shared = name.startswith("time/") or name.endswith(("grad_norm", "lr"))
-                metrics[name] = max([metrics.get(name, 0.0), *values]) if shared else sum(values)
-        return metrics
+        return await self.cluster.share(exchange(self.layouts, answers))
 
     async def push(self, verify: bool, sent: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
-        the training they were asked for before, and can be asked for more when ``sent`` is called."""
+        the training they were asked for before, and can be asked for more when ``sent`` is called. An engine that
+        fails is replaced, and gets them with the others in another attempt."""
+        for tries in range(TRIES, -1, -1):
+            try:
+                return await self._push(verify, sent)
+            except (WorkerDied, EngineError, TransportError):
+                if not (await self._replace() or tries):
+                    raise
+        raise AssertionError
+
+    async def _push(self, verify: bool, sent: Callable[[], None]) -> dict[str, float]:
         async with self.asking:
             version = self.asked
             await everyone(self.engines, "begin_update")
@@ -112,25 +107,26 @@ class Fleet:
         args = (self.spec.manifest, self.engines, self.spec.engines.client)
         self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
 
-    async def heal(self) -> list[tuple[str, str]]:
-        """Replace engines that are gone, and give whole weights to those that lack them. Returns who, and why."""
+    async def heal(self) -> None:
+        """Replace engines that are gone, and give whole weights to those that lack them."""
+        replaced = await self._replace()
+        states = await everyone(self.engines, "health")
+        if replaced or any(state.get("stale") for state in states):
+            await self.push(verify=False)
+
+    async def _replace(self) -> bool:
+        """Whether there were engines to replace; ``replaced`` names them."""
         async with self.healing:
-            told, lacking = list[tuple[str, str]](), False
             states = await asyncio.gather(*(e.call("health") for e in self.engines), return_exceptions=True)
-            for i, state in enumerate(states):
-                if isinstance(state, WorkerDied):
-                    told.append((self.engines[i].name, str(state)))
-                    self.engines[i] = await self.cluster.start(self.spec.engines.processes[i])
-                elif isinstance(state, BaseException):
-                    raise state
-                lacking |= not isinstance(state, WorkerDied) and bool(state.get("stale"))
-            if told:
+            dead = {i: str(state) for i, state in enumerate(states) if isinstance(state, WorkerDied)}
+            for i, why in dead.items():
+                self.replaced.append((self.engines[i].name, why))
+                self.engines[i] = await self.cluster.start(self.spec.engines.processes[i])
+            if dead:
                 await everyone(self.engines, "ready")
                 await everyone(self.ranks, "connect", self.engines)
-                await asyncio.gather(*(worker.call("connect", self.engines) for worker in self.rollouts))
-            if told or lacking:
-                await self.push(verify=False)
-            return told
+                await asyncio.gather(*(w.call("connect", self.engines) for w in self.rollouts), return_exceptions=True)
+            return bool(dead)
 
 
 @dataclass(frozen=True, slots=True)

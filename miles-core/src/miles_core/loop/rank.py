@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..edges.protocols import Behind, Model, Transport, Worker, writing
+from ..formulas.meter import Meter
 from ..packing import Packed
 from ..plugins import Manifest
 from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
@@ -230,19 +231,3 @@ class TrainingRank:
 
     def save_hf(self, folder: str) -> None:
         self._models["policy"].save_hf(Path(folder))
-
-
-class Meter:
-    """Sums over the micro-batches of a step, as a mean over its updates."""
-
-    def __init__(self, updates: int) -> None:
-        self.updates = updates
-        self._sums: dict[str, torch.Tensor | float] = {}
-        self.last: dict[str, float] = {}  # what every rank knows whole; the step's last one counts
-
-    def add(self, name: str, value: torch.Tensor | float) -> None:
-        value = value.detach() if isinstance(value, torch.Tensor) else value
-        self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def read(self) -> dict[str, float]:
-        return {name: float(value) / self.updates for name, value in self._sums.items()} | self.last

@@ -169,7 +169,9 @@ class Rollouts:
                 await self._heal()
 
     async def _heal(self) -> None:
-        for name, error in await self.fleet.heal():
+        await self.fleet.heal()
+        while self.fleet.replaced:
+            name, error = self.fleet.replaced.pop(0)
             self.hooks.failure(process=name, error=error, action="it is replaced; what it was at is sampled again")
 
     async def evaluate(self, groups: list[Group]) -> list[Group]:

@@ -12,7 +12,7 @@ import numpy as np
 from ..types import Per, Sample
 
 if TYPE_CHECKING:
-    from ..types import Batch, Column
+    from ..types import Batch, Column, Layout
 
 Unit = list[Sample]
 
@@ -108,3 +108,14 @@ def pack(units: Sequence[Unit], columns: dict[str, Column], drawn: bool = True) 
             for name, column in recorded.items()
         },
     )
+
+
+def exchange(layouts: Sequence[Layout], teams: list[list[list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
+    """Every team's columns, by rank and micro-batch, put together by data-parallel rank and micro-batch."""
+    given: list[list[dict[str, Any]]] = [[] for _ in range(layouts[0].dp_size)]
+    for team in teams:
+        for layout, rows in zip(layouts, team, strict=True):
+            if layout.reports:
+                have = given[layout.dp_rank] or [{} for _ in rows]
+                given[layout.dp_rank] = [mine | more for mine, more in zip(have, rows, strict=True)]
+    return given

@@ -76,7 +76,8 @@ class LocalEngine:
         self._wake()
 
     async def health(self) -> dict[str, Any]:
-        """``version``, whether only whole weights help (``stale``), requests ``running`` and ``waiting``, and ``tokens`` written since the engine started."""
+        """``version``, whether only whole weights help (``stale``), requests ``running`` and ``waiting``, and
+        ``tokens`` written since the engine started."""
         batch = self._batch
         return {
             "version": self._version,
