@@ -26,7 +26,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from miles_core.edges.protocols import RunState, Store, everyone
+from miles_core.edges.lasting import RunState, Store
+from miles_core.edges.protocols import everyone
 from miles_core.edges.toml import Source
 from miles_core.loop.fleet import Fleet, start
 from miles_core.plugins import assemble

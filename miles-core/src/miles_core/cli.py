@@ -24,8 +24,8 @@ class Command(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
-            return None
-        found: click.Command = import_module(f"miles_core.edges.commands.{name}").command
+            return super().get_command(context, name)
+        found: click.Command = import_module(f"miles_core.commands.{name}").command
         return found
 
     def invoke(self, context: click.Context) -> Any:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .edges.protocols import Cluster, Engine, Engines, Model, Queue, Store, Transport
+    from .edges.lasting import Queue, Store
+    from .edges.protocols import Cluster, Engine, Engines, Model, Transport
     from .types import Batch, Column, Complain, Group, Loss, Mean, Output, Role, Sample, Weight
 
 Kind = Literal["slot", "first", "merge", "event"]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from miles_core.edges.ledger import Ledger
+from miles_core.edges.store.ledger import Ledger
 
 
 def open_ledger(run: Path, said=None, name="one"):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 from ledger_cases import live_through, open_ledger, view
-from miles_core.edges.ledger.lines import pack, unpack
-from miles_core.edges.protocols import LedgerError
+from miles_core.edges.lasting import LedgerError
+from miles_core.edges.store.ledger.lines import pack, unpack
 from miles_core.types import Refused
 
 
@@ -170,7 +170,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
 
 def test_two_runs_do_not_write_one_ledger(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from miles_core.edges.ledger import Ledger;"
+        "import sys; from pathlib import Path; from miles_core.edges.store.ledger import Ledger;"
         "Ledger(Path(sys.argv[1]), 'one', print); print('open', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "ledger")]

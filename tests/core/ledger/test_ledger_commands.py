@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from ledger_cases import live_through, open_ledger
 from miles_core.cli import main
-from miles_core.edges.ledger.lines import line
+from miles_core.edges.store.ledger.lines import line
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from miles_core.edges.ledger import Ledger
+from miles_core.edges.store.ledger import Ledger
 
 ledger, step = Ledger(Path(sys.argv[1]), "one", print), 0
 while True:

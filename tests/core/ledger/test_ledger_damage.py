@@ -2,11 +2,11 @@
 
 import pytest
 from ledger_cases import lines, live_through, open_ledger, view
-from miles_core.edges.ledger import ledger as module
-from miles_core.edges.ledger.audit import audit
-from miles_core.edges.ledger.lines import line, parse
-from miles_core.edges.ledger.replay import state_at
-from miles_core.edges.ledger.salvage import salvage
+from miles_core.edges.store.ledger import ledger as module
+from miles_core.edges.store.ledger.audit import audit
+from miles_core.edges.store.ledger.lines import line, parse
+from miles_core.edges.store.ledger.replay import state_at
+from miles_core.edges.store.ledger.salvage import salvage
 from miles_core.types import Refused
 
 

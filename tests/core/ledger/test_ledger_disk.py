@@ -8,8 +8,8 @@ import time
 
 import pytest
 from ledger_cases import live_through, open_ledger, view
-from miles_core.edges.ledger import disk
-from miles_core.edges.ledger.audit import audit
+from miles_core.edges.store.ledger import disk
+from miles_core.edges.store.ledger.audit import audit
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from ledger_cases import open_ledger
-from miles_core.edges.ledger import ledger as module
-from miles_core.edges.ledger.audit import audit
+from miles_core.edges.store.ledger import ledger as module
+from miles_core.edges.store.ledger.audit import audit
 
 HOLDS = {"lease": ["waiting"], "queue": ["worker"], "drop": ["worker", "queue"], "give": ["queue"]}
 HOLDS["back"] = ["worker", "queue", "trainer"]

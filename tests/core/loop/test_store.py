@@ -1,7 +1,7 @@
 """A checkpoint is whole, or it does not count."""
 
 import pytest
-from miles_core.edges.protocols import RunState
+from miles_core.edges.lasting import RunState
 from miles_core.edges.store.folder import WHOLE, RunFolder
 
 

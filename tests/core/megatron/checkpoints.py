@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from core.megatron.layouts import built, forward, gathered, loss, micro_batches
+from miles_core.edges.lasting import RunState
 from miles_core.edges.megatron import device
-from miles_core.edges.protocols import RunState
 from miles_core.edges.store.folder import RunFolder
 
 OPTIM = {"lr": 1e-2, "schedule": "cosine", "warmup": 2}

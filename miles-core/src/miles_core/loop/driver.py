@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..edges.protocols import RunState, Store, WorkerDied, both, everyone
+from ..edges.lasting import RunState, Store
+from ..edges.protocols import WorkerDied, both, everyone
 from ..pacing import times
 from ..plugins import Manifest, Registry
 from ..types import Group, Refused, Sample

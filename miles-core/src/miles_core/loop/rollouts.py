@@ -6,7 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from ..edges.protocols import EngineError, Ledger, Queue, RunState, WorkerDied
+from ..edges.lasting import Ledger, Queue, RunState
+from ..edges.protocols import EngineError, WorkerDied
 from ..pacing import Admission, sampling
 from ..plugins import Registry
 from ..samples import newest, versions

@@ -12,7 +12,7 @@ from ...hookspecs import hookimpl
 from ...plugins import Plugin
 
 if TYPE_CHECKING:
-    from .. import protocols
+    from .. import lasting, protocols
 
 
 class Queue(Plugin):
@@ -23,7 +23,7 @@ class Queue(Plugin):
     config: Config
 
     @hookimpl
-    def miles_queue(self, run_dir: Path, cluster: protocols.Cluster, say: Callable[[str], None]) -> protocols.Queue:
+    def miles_queue(self, run_dir: Path, cluster: protocols.Cluster, say: Callable[[str], None]) -> lasting.Queue:
         from .queue import JournaledQueue
 
         return JournaledQueue(cluster, run_dir, self.config.memory_mib << 20, self.config.capacity_mib << 20, say)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
-from ..protocols import Store
+from ..lasting import Store
 
 
 class Folder(Plugin):

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..ledger import Ledger as Log
-from ..protocols import Ledger, RunState
+from ..lasting import Ledger, RunState
+from .ledger import Ledger as Log
 
 ID = "run_id"
 WHOLE = "whole.json"  # size and crc32 of every other file; written last

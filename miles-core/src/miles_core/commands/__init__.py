@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from ...config import RunConfig
-from ...plugins import Manifest
+from ..config import RunConfig
+from ..plugins import Manifest
 
 FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; TOML values.")
@@ -15,8 +15,8 @@ SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", hel
 
 def assembled(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Manifest:
     """The run that FILES and --set describe. Raises ConfigError with all that is wrong with it."""
-    from ..toml import Source
-    from ..toml.assemble import assemble
+    from ..edges.toml import Source
+    from ..edges.toml.assemble import assemble
 
     return assemble(Source(files, overrides))
 

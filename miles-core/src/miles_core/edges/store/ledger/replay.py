@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ...types import Refused
-from ..protocols import LedgerError
+from ....types import Refused
+from ...lasting import LedgerError
 from .book import Book
 from .lines import FORMAT, Line, Reader, parse, unpack
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from ..ledger.book import DROPPED, STATES, TRAINER, WORKER, Book
-from ..ledger.lines import NAME
-from ..ledger.replay import Replay
+from ..edges.store.ledger.book import DROPPED, STATES, TRAINER, WORKER, Book
+from ..edges.store.ledger.lines import NAME
+from ..edges.store.ledger.replay import Replay
 
 
 @click.command()

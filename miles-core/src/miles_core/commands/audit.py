@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from ...types import Refused
-from ..ledger.audit import Audit, audit
-from ..ledger.lines import NAME
-from ..ledger.salvage import salvage as mend
+from ..edges.store.ledger.audit import Audit, audit
+from ..edges.store.ledger.lines import NAME
+from ..edges.store.ledger.salvage import salvage as mend
+from ..types import Refused
 
 
 @click.command()

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from ..protocols import LedgerError
+from ...lasting import LedgerError
 from .lines import Line, pack, unpack
 
 NEW, WAITING, WORKER, QUEUE, TRAINER, TRAINED, DROPPED = range(7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ...plugins import SPECS, PluginError, installed
+from ..plugins import SPECS, PluginError, installed
 
 
 @click.command()

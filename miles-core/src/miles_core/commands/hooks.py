@@ -6,8 +6,8 @@ import inspect
 
 import click
 
-from ...hookspecs import Hooks
-from ...plugins import SPECS
+from ..hookspecs import Hooks
+from ..plugins import SPECS
 
 
 @click.command()

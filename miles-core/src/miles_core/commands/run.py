@@ -21,6 +21,6 @@ def command(context: click.Context, files: tuple[Path, ...], overrides: tuple[st
     manifest = manifest.at(folder)
     import asyncio
 
-    from ...loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
+    from ..loop.driver import train  # torch, ray and megatron are imported behind this line and nowhere earlier
 
     asyncio.run(train(manifest, folder, resume))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ...types import Refused
+from ....types import Refused
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PAUSE = 1.0  # seconds between two looks at a full disk

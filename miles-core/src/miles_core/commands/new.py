@@ -8,12 +8,12 @@ from string import Template
 
 import click
 
-from ... import __version__
-from ...config import RunConfig
-from ...plugins import installed
-from ...types import Refused
+from .. import __version__
+from ..config import RunConfig
+from ..plugins import installed
+from ..types import Refused
 
-TEMPLATE = Path(__file__).parents[2] / "testing" / "template"
+TEMPLATE = Path(__file__).parents[1] / "testing" / "template"
 WRITTEN = {
     "pyproject.toml": "pyproject.toml",
     "README.md": "README.md",

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ..toml import Source
-from ..toml.assemble import assemble
+from ..edges.toml import Source
+from ..edges.toml.assemble import assemble
 from . import FILES, SET
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ...types import Refused
-from ..protocols import LedgerError
+from ....types import Refused
+from ...lasting import LedgerError
 from .book import STATES, Book
 from .disk import Disk
 from .lines import FORMAT, NAME, line, pack
@@ -19,7 +19,7 @@ NOTE = 1 << 16  # bytes of records before a sync adds a note; and at least as ma
 
 
 class Ledger:
-    """See ``miles_core.edges.protocols.Ledger``. Blocking; one writer a folder."""
+    """See ``miles_core.edges.lasting.Ledger``. Blocking; one writer a folder."""
 
     def __init__(self, folder: Path, run: str, say: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
