@@ -203,6 +203,16 @@ async def both[A, B](first: asyncio.Task[A], second: asyncio.Task[B]) -> tuple[A
         second.cancel()
 
 
+def meeting() -> str:
+    """An address on this machine where processes can meet."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        host = socket.gethostbyname(socket.gethostname())
+        return f"tcp://{host}:{free.getsockname()[1]}"
+
+
 class Behind:
     """A thread of low priority for what is written while training goes on: one list of tasks at a time."""
 

@@ -23,8 +23,9 @@ from typing import Any
 from ..edges.lasting import RunState, Store
 from ..edges.protocols import WorkerDied, both, everyone
 from ..pacing import times
+from ..packing import deal
 from ..plugins import Manifest, Registry
-from ..types import Group, Refused, Sample
+from ..types import Group, Refused
 from .fleet import Fleet, start
 from .rollouts import Rollouts
 
@@ -43,7 +44,7 @@ async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
         hooks.progress(text=f"the run found in {run_dir} is now in {aside}")
     (run_dir / "config.json").write_text(json.dumps(manifest.tables, indent=1))
     (run_dir / "manifest.json").write_text(json.dumps({"miles-core": manifest.core} | manifest.versions, indent=1))
-    error, saved = None, -1
+    error, saved = None, 0
     try:
         while (newer := await attempt(manifest, hooks, store, run_dir, resume, saved)) is not None:
             resume, saved = True, newer
@@ -112,7 +113,6 @@ class Loop:
             self.hooks.step_end(step=0, metrics=await self.evaluate(0) | {"time_s": 0.0})
         await both(asyncio.ensure_future(self.rollouts.turn()), asyncio.ensure_future(self.steps()))
 
-    # -- steps ---------------------------------------------------------------------------------------------------
     async def steps(self) -> None:
         """Consumes groups, produces weights. Waits for groups, then for rest. Unblocked by ``rollouts``."""
         told, self.next = time.perf_counter(), asyncio.ensure_future(self.gather(self.state.step + 1))
@@ -149,7 +149,9 @@ class Loop:
         """A step's groups, scored, packed and within reach of the ranks, so that a free trainer waits for nothing."""
         groups, metrics = await self.rollouts.take(step)
         self.score(groups)
-        packed = await self.fleet.share(self.updates(groups, self.run.batch.updates), self.run.batch.micro_tokens)
+        packed = await self.fleet.share(
+            deal(groups, self.run.batch.updates, self.hooks.units), self.run.batch.micro_tokens
+        )
         return groups, metrics, packed
 
     async def train(self, step: int, ready: Ready) -> Trained:
@@ -174,15 +176,6 @@ class Loop:
             for sample, score in zip(group.samples, scores, strict=True):
                 sample.score = score
 
-    def updates(self, groups: list[Group], n: int) -> list[list[list[Sample]]]:
-        """The groups' samples as units, dealt into ``n`` optimizer updates by whole groups."""
-        dealt: list[list[list[Sample]]] = []
-        for i in range(n):
-            units = [unit for group in groups[i::n] for unit in self.hooks.units(group=group)]
-            kept = [[sample for sample in unit if sample.score is not None] for unit in units]
-            dealt.append([unit for unit in kept if unit])
-        return dealt
-
     def due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.run.steps)
 
@@ -200,7 +193,7 @@ class Loop:
             self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         else:
             self.score(groups)
-            packed = await self.fleet.share(self.updates(groups, 1), self.run.batch.micro_tokens)
+            packed = await self.fleet.share(deal(groups, 1, self.hooks.units), self.run.batch.micro_tokens)
             metrics = {f"eval/{name}": value for name, value in (await self.fleet.score(packed)).items()}
         return metrics | {"time/eval": time.perf_counter() - began}
 

@@ -27,7 +27,8 @@ class Fleet:
     apart: list[list[Worker]]  # the teams of roles that have ranks of their own, as many as ``ranks``
     columns: dict[str, Column]
     turns: bool  # engines give their memory to the trainers for the length of a step's training
-    spec: Spec
+    manifest: Manifest
+    spec: Engines  # from which those that die are started again
     asked: int = 0  # the last step that the ranks were asked to train
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # until every rank is asked to train
     healing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -101,10 +102,9 @@ class Fleet:
             raise
         return {"sync/bytes": sum(answer.get("bytes", 0.0) for answer in answers)}
 
-    # -- processes that die --------------------------------------------------------------------------------------
     async def replace_rollout(self, i: int) -> None:
         """Another rollout worker in the place of one that is gone."""
-        args = (self.spec.manifest, self.engines, self.spec.engines.client)
+        args = (self.manifest, self.engines, self.spec.client)
         self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
 
     async def heal(self) -> None:
@@ -121,20 +121,12 @@ class Fleet:
             dead = {i: str(state) for i, state in enumerate(states) if isinstance(state, WorkerDied)}
             for i, why in dead.items():
                 self.replaced.append((self.engines[i].name, why))
-                self.engines[i] = await self.cluster.start(self.spec.engines.processes[i])
+                self.engines[i] = await self.cluster.start(self.spec.processes[i])
             if dead:
                 await everyone(self.engines, "ready")
                 await everyone(self.ranks, "connect", self.engines)
                 await asyncio.gather(*(w.call("connect", self.engines) for w in self.rollouts), return_exceptions=True)
             return bool(dead)
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What processes are started from, and again where they die."""
-
-    manifest: Manifest
-    engines: Engines
 
 
 async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
@@ -168,4 +160,4 @@ async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
     for text in dict.fromkeys(filter(None, told)):
         hooks.progress(text=text)
     apart = [workers for workers, _ in others]
-    return Fleet(cluster, trained, layouts, served, rolling, apart, columns, turns, Spec(manifest, engines))
+    return Fleet(cluster, trained, layouts, served, rolling, apart, columns, turns, manifest, engines)

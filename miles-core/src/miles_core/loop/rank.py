@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..edges.protocols import Behind, Model, Transport, Worker, writing
+from ..edges.protocols import Behind, Model, Transport, Worker, meeting, writing
 from ..formulas.meter import Meter
 from ..packing import Packed
 from ..plugins import Manifest
@@ -41,9 +40,7 @@ class TrainingRank:
 
     def address(self) -> str:
         """Where the ranks can meet; asked of rank 0 only."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"tcp://{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
+        return meeting()
 
     def build(self, address: str) -> Layout:
         """Meet the other ranks, then build every role's model with its weights loaded."""
@@ -59,7 +56,6 @@ class TrainingRank:
             self._transport.connect(engines, self._layout)
         return self._models["policy"].memory()
 
-    # -- one step ------------------------------------------------------------------------------------------------
     def train(self, step: int, updates: list[list[Update]], given: Given | None) -> dict[str, float]:
         """Consumes this step's updates, one entry per data-parallel rank each; produces the metrics of this rank.
 
@@ -203,7 +199,6 @@ class TrainingRank:
         dist.all_reduce(flag)
         return (reason or "another rank's reason") if flag.item() else None
 
-    # -- weights and checkpoints ---------------------------------------------------------------------------------
     def push(self, verify: bool) -> dict[str, float]:
         """Send the policy's weights to every engine."""
         if not self._transport:

@@ -50,7 +50,6 @@ class Rollouts:
         self._dropped, self.saved, self.admission.version = state.dropped, state.step, state.step
         self.admission.used = state.step * self.run.batch.groups + len(self.ripe)
 
-    # -- out -----------------------------------------------------------------------------------------------------
     async def turn(self) -> None:
         """Consumes prompts, produces groups. Waits for room, which weights that move and groups that fail make."""
         parts = [self._lead(), self._watch(), *(self._collect(i) for i in range(len(self.fleet.rollouts)))]
@@ -98,7 +97,6 @@ class Rollouts:
         self._prompts = id, prompts
         return sample
 
-    # -- back ----------------------------------------------------------------------------------------------------
     async def _collect(self, i: int) -> None:
         """Consumes what one worker is done with, and replaces a worker that died."""
         while True:
@@ -185,7 +183,6 @@ class Rollouts:
                 await self._heal()
         raise failed
 
-    # -- for the trainer -----------------------------------------------------------------------------------------
     async def take(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Consumes a step's groups from the queue; those of the oldest weights first. Waits until there are enough."""
         while len(self.ripe) < self.run.batch.groups:
@@ -223,7 +220,6 @@ class Rollouts:
         self.admission.version, self.admission.draining = version, False
         await self._tell()
 
-    # -- what lasts ----------------------------------------------------------------------------------------------
     async def trained(self, step: int, groups: list[Group]) -> None:
         """A step is done. What no resume could use, since it saw weights that no checkpoint has, is forgotten."""
         self.ledger.trained(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..types import Per, Sample
 
 if TYPE_CHECKING:
-    from ..types import Batch, Column, Layout
+    from ..types import Batch, Column, Group, Layout
 
 Unit = list[Sample]
 
@@ -119,3 +119,13 @@ def exchange(layouts: Sequence[Layout], teams: list[list[list[dict[str, Any]]]])
                 have = given[layout.dp_rank] or [{} for _ in rows]
                 given[layout.dp_rank] = [mine | more for mine, more in zip(have, rows, strict=True)]
     return given
+
+
+def deal(groups: list[Group], n: int, units: Callable[..., list[Unit]]) -> list[list[Unit]]:
+    """The groups' samples that have a score, as ``units(group=...)``, dealt into ``n`` updates by whole groups."""
+    dealt: list[list[Unit]] = []
+    for i in range(n):
+        parts = [unit for group in groups[i::n] for unit in units(group=group)]
+        kept = [[sample for sample in unit if sample.score is not None] for unit in parts]
+        dealt.append([unit for unit in kept if unit])
+    return dealt
