@@ -48,9 +48,9 @@ class Case:
 
 
 CASES = (
-    Case("57M parameters, 1 rank", 512, 12, 1, 8),
-    Case("57M parameters, 2 ranks", 512, 12, 2, 16),
-    Case("101M parameters, 1 rank", 640, 16, 1, 8),
+    Case("54M parameters, 1 rank", 512, 12, 1, 8),
+    Case("54M parameters, 2 ranks", 512, 12, 2, 16),
+    Case("99M parameters, 1 rank", 640, 16, 1, 8),
 )
 
 
