@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import signal
 import time
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ class Loop:
         self.run_dir, self.state = run_dir, RunState()
         self.ahead: tuple[float, asyncio.Task[Trained]] | None = None  # the next step's training
         self.next: asyncio.Task[Ready] | None = None  # the next step's groups, within reach of the ranks
-        self.saving: asyncio.Task[None] | None = None
+        self.written: asyncio.Task[list[Any]] | None = None  # the files of the newest checkpoint
+        self.saving: asyncio.Task[None] | None = None  # until it counts
 
     async def restore(self, found: tuple[Path, RunState] | None) -> None:
         """Put every process where the checkpoint left it, and the engines at the trainer's weights."""
@@ -139,7 +140,7 @@ class Loop:
             metrics["time_s"] = time.perf_counter() - self.began
             self.hooks.step_end(step=step, metrics=metrics)
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
-                self.saving = asyncio.ensure_future(self.commit(folder, replace(self.state)))
+                self.saving = asyncio.ensure_future(self.commit(folder, pickle.loads(pickle.dumps(self.state))))
             await self.rollouts.move(step)
         await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
         await self.saved()
@@ -203,6 +204,7 @@ class Loop:
         await self.saved()
         folder = self.store.begin(self.state.step)
         await everyone(self.fleet.trainers, "save", str(folder))
+        self.written = asyncio.ensure_future(everyone(self.fleet.trainers, "saved"))  # before they are asked to train
         self.rollouts.save(self.state)
         self.state.plugins = self.hooks.state()
         metrics["time/checkpoint"] = time.perf_counter() - began
@@ -210,13 +212,14 @@ class Loop:
 
     async def commit(self, folder: Path, state: RunState) -> None:
         """Once it is written, and all that it stands on is durable, a checkpoint counts."""
-        await everyone(self.fleet.trainers, "saved")
+        assert self.written
+        await self.written
         await self.rollouts.sync()
         self.hooks.saved(step=state.step, folder=await asyncio.to_thread(self.store.commit, folder, state))
         await self.rollouts.acknowledge(state.step)
 
     async def close(self) -> None:
-        for task in (self.next, self.saving, self.ahead and self.ahead[1]):
+        for task in (self.next, self.written, self.saving, self.ahead and self.ahead[1]):
             if task:
                 task.cancel()
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more

@@ -1,0 +1,122 @@
+"""Streaming rollouts: numbers that must not change, staleness that must not be exceeded, processes that die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from miles_core.edges.toml import Source
+from miles_core.edges.toml.assemble import assemble
+from miles_core.testing.runs import INLINE
+from whole_runs import processes_of, timeless
+
+pytestmark = pytest.mark.slow
+
+MILES = str(Path(sys.executable).with_name("miles"))
+ASYNC = ("--set", "mode=async")
+
+
+@pytest.fixture(scope="module")
+def go(runs: Any) -> Callable[..., list[dict[str, float]]]:
+    """A run whose processes are threads of this one."""
+
+    def go(name: str, *keys: str) -> list[dict[str, float]]:
+        source = Source([runs.folder / "run.toml"], [*keys, f"run_dir={runs.folder / name}", f'plugins=["{INLINE}"]'])
+        with warnings.catch_warnings(action="ignore"):  # Megatron's, about what this machine lacks
+            from miles_core.loop.driver import train
+
+            asyncio.run(train(assemble(source).at(runs.folder / name), runs.folder / name, False))
+        rows: list[dict[str, float]] = runs.metrics(name)
+        return rows
+
+    return go
+
+
+def audited(runs: Any, name: str) -> str:
+    done = subprocess.run([MILES, "audit", name], cwd=runs.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_without_staleness_it_is_the_synchronous_run(go: Any, runs: Any) -> None:
+    turns = go("turns", "mode=sync")
+    stream = go("stream-0", "mode=async", "rollout.max_staleness=0")
+    assert timeless(stream) == timeless(turns)
+    assert "48 taken, 48 trained" in audited(runs, "stream-0")
+
+
+@pytest.mark.parametrize("weights", ["drain", "retract", "in_place"])
+def test_no_token_is_older_than_was_said(go: Any, runs: Any, weights: str) -> None:
+    rows = go(f"stream-{weights}", "mode=async", "rollout.max_staleness=2", f"rollout.weights={weights}", "steps=12")
+    stale = [row["staleness/max"] for row in rows if row["step"]]
+    assert len(stale) == 12 and max(stale) <= 2 and max(stale) > 0
+    assert f"{12 * 8} trained" in audited(runs, f"stream-{weights}")
+
+
+def ray_process(name: str, driver: int) -> int | None:
+    """The process of a run that ``ps`` shows under this name."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+    parent = {int(pid): int(of) for pid, of, _ in rows}
+
+    def below(pid: int) -> bool:
+        while pid in parent and pid != driver:
+            pid = parent[pid]
+        return pid == driver
+
+    found = [int(pid) for pid, _, args in rows if args.startswith(f"ray::{name}") and below(int(pid))]
+    return found[0] if found else None
+
+
+def rows_of(runs: Any, name: str) -> int:
+    path = runs.folder / name / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait(runs: Any, name: str, rows: int, process: subprocess.Popen[str], patience_s: float = 150) -> None:
+    deadline = time.monotonic() + patience_s
+    while rows_of(runs, name) < rows:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{name} did not come to {rows} rows"
+        time.sleep(0.05)
+
+
+def test_processes_that_die_cost_no_prompt_and_not_the_run(runs: Any) -> None:
+    """One of each kind; what only a checkpoint can replace makes the run go on from there."""
+    name, steps = "stream-killed", 40
+    process = runs.start(name, *ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0", start_new_session=True)
+    for i, victim in enumerate(("rollout-0", "queue", "engine-0", "trainer-0")):
+        wait(runs, name, 4 + 3 * i, process)
+        pid = ray_process(victim, process.pid)
+        assert pid is not None, victim
+        os.kill(pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert [row["step"] for row in runs.metrics(name)] == list(range(1, steps + 1))
+    assert "rollout-0: " in out and "engine-0: " in out and "every process starts anew" in out
+    told = audited(runs, name)
+    assert f"{steps * 8} trained" in told and "none was skipped, none trained twice" in told
+    assert not processes_of(str(runs.folder / name))
+
+
+def test_after_everything_was_killed_nothing_is_lost_or_trained_twice(runs: Any) -> None:
+    name, steps = "stream-gone", 12
+    process = runs.start(name, *ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0", start_new_session=True)
+    wait(runs, name, 5, process)
+    process.kill()
+    process.communicate()
+    status = subprocess.run([MILES, "status", name], cwd=runs.folder, capture_output=True, text=True, check=True)
+    assert "prompts taken" in status.stdout
+    out = runs.run(name, *ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0", "--resume").stdout
+    assert "going on after step" in out
+    assert [row["step"] for row in runs.metrics(name)] == list(range(1, steps + 1))
+    assert f"{steps * 8} trained" in audited(runs, name)
