@@ -92,7 +92,7 @@ class Loop:
         self.run_dir, self.state = run_dir, RunState()
         self.ahead: tuple[float, asyncio.Task[Trained]] | None = None  # the next step's training
         self.next: asyncio.Task[Ready] | None = None  # the next step's groups, within reach of the ranks
-        self.written: asyncio.Task[list[Any]] | None = None  # the files of the newest checkpoint
+        self.written: Any = None  # the task of writing the files of the newest checkpoint
         self.saving: asyncio.Task[None] | None = None  # until it counts
 
     async def restore(self, found: tuple[Path, RunState] | None) -> None:
@@ -212,7 +212,6 @@ class Loop:
 
     async def commit(self, folder: Path, state: RunState) -> None:
         """Once it is written, and all that it stands on is durable, a checkpoint counts."""
-        assert self.written
         await self.written
         await self.rollouts.sync()
         self.hooks.saved(step=state.step, folder=await asyncio.to_thread(self.store.commit, folder, state))
