@@ -62,9 +62,8 @@ def main() -> None:
     print(f"{prompts:,} prompts, {records:,} records, {size / 1e6:.0f} MB\n")
     print("| | processor, s | clock, s | records a second of processor |\n| --- | --- | --- | --- |")
     for name, processor, clock in rows:
-        print(
-            f"| {name} | {processor:.1f} | {clock:.1f} | {(records // 2 if 'middle' in name else records) / processor:,.0f} |"
-        )
+        read = records // 2 if "middle" in name else records
+        print(f"| {name} | {processor:.1f} | {clock:.1f} | {read / processor:,.0f} |")
 
 
 if __name__ == "__main__":
