@@ -139,6 +139,7 @@ def test_violations_end_with_1_and_damage_with_2_until_it_is_salvaged(tmp_path):
         assert done.exit_code == 2 and f"miles audit {tmp_path} --salvage" in done.output
     done = miles("audit", tmp_path, "--salvage")
     assert done.exit_code == 0 and "the broken log is now" in done.output and "nothing is proven" in done.output
+    assert "Of the records that are left: every prompt" in done.output
     assert miles("status", tmp_path).exit_code == 0
 
 

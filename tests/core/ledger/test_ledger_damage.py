@@ -128,14 +128,10 @@ def test_a_prompt_that_is_trained_twice_is_found(tmp_path):
     ledger.give([1], 1)
     ledger.trained(1)
     n = ledger.position
-    moves = [
-        {"do": "back", "ids": [1], "why": "x"},
-        {"do": "lease", "ids": [1], "to": "a"},
-        {"do": "queue", "ids": [1]},
-    ]
-    moves += [{"do": "give", "ids": [1], "step": 2}, {"do": "trained", "ids": [1], "step": 2}]
+    moves = [{"do": "back", "why": "x"}, {"do": "lease", "to": "a"}, {"do": "queue"}]
+    moves += [{"do": "give", "step": 2}, {"do": "trained", "step": 2}]
     with log(tmp_path).open("ab") as file:
-        file.write(b"".join(line({"n": n + i, **move, "at": 0}) for i, move in enumerate(moves, 1)))
+        file.write(b"".join(line({"n": n + i, "ids": [1], **move}) for i, move in enumerate(moves, 1)))
     said = audit(log(tmp_path)).violations
     assert "record 5, back: prompt 1 is in state trained, not worker queue trainer" in said
     assert "record 9: prompt 1 is trained a second time" in said
@@ -184,7 +180,7 @@ def test_without_a_note_all_before_the_damage_is_saved(run):
     assert not audit(log(run)).violations
 
 
-@pytest.mark.parametrize("number", range(1, 40))
+@pytest.mark.parametrize("number", range(1, 39))
 def test_with_notes_all_after_the_next_one_is_saved_too(tmp_path, monkeypatch, number):
     monkeypatch.setattr(module, "NOTE", 1)
     states = {0: None}
@@ -209,8 +205,7 @@ def test_with_notes_all_after_the_next_one_is_saved_too(tmp_path, monkeypatch, n
         states[ledger.position] = view(ledger)
     last = ledger.position
     ledger.close()
-    if number > last:
-        pytest.skip("the log is shorter")
+    assert number <= last
     damage(tmp_path, number)
     salvage(log(tmp_path))
     ledger = open_ledger(tmp_path)

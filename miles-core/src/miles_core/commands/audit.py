@@ -33,7 +33,8 @@ def command(run: Path, salvage: bool) -> None:
         click.echo(f"violation    {text}")
     if found.violations:
         raise SystemExit(1)
-    click.echo("\nEvery prompt was in exactly one state after every record; none was skipped, none trained twice.")
+    but = "Of the records that are left: every" if found.lost else "Every"
+    click.echo(f"\n{but} prompt was in exactly one state after every record; none was skipped, none trained twice.")
 
 
 def _summary(found: Audit) -> list[tuple[str, str]]:

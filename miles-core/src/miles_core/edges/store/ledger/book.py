@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 from ...lasting import LedgerError
-from .lines import Line, pack, unpack
+from .lines import Ids, Line, pack, unpack
 
 NEW, WAITING, WORKER, QUEUE, TRAINER, TRAINED, DROPPED = range(7)
 STATES = ("not taken", "waiting", "worker", "queue", "trainer", "trained", "dropped")
@@ -66,11 +67,11 @@ class Book:
 
     def ids(self, state: int) -> list[int]:
         """Every id in one state, ascending."""
-        found, at = [], self._state.find(state, 1)
-        while at > 0:
-            found.append(at)
-            at = self._state.find(state, at + 1)
-        return found
+        return unpack(self._packed(state))
+
+    def _packed(self, state: int) -> Ids:
+        runs = (match.span() for match in re.finditer(b"%c+" % state, self._state))
+        return [first if end == first + 1 else [first, end - 1] for first, end in runs]
 
     def by(self, state: int) -> dict[str, list[int]]:
         """The ids in one state by the worker, the step or the reason that goes with it."""
@@ -175,7 +176,7 @@ class Book:
     def note(self) -> dict[str, Any]:
         """All of it but the steps at which prompts were trained, for a line of the log."""
         named = {STATES[s]: {k: pack(v) for k, v in self.by(s).items()} for s in (WORKER, TRAINER, DROPPED)}
-        plain = {STATES[s]: pack(self.ids(s)) for s in (WAITING, QUEUE, TRAINED)}
+        plain = {STATES[s]: self._packed(s) for s in (WAITING, QUEUE, TRAINED)}
         return {"cursor": self.cursor, "step": self.step, **plain, **named}
 
     @classmethod

@@ -15,7 +15,7 @@ from .disk import Disk
 from .lines import FORMAT, NAME, line, pack
 from .replay import Replay, state_at
 
-NOTE = 1 << 16  # bytes of records before a sync adds a note; and at least as many as twice the note before
+NOTE = 1 << 16  # bytes of records before a sync adds a note; more when notes get longer, so that they cost little
 
 
 class Ledger:
@@ -122,7 +122,7 @@ class Ledger:
         if self._disk.end >= self._due:
             note = line({"after": self.position, "state": self._book.note()})
             self._disk.append(note)
-            self._due = self._disk.end + max(NOTE, 2 * len(note))
+            self._due = self._disk.end + max(NOTE, 2 * len(note), 16 * self.cursor)
         self._disk.sync()
 
     def close(self) -> None:

@@ -52,7 +52,8 @@ class Replay:
             self.book.check(fields, ids)
             self.book.apply(fields, ids)
         self.last = fields
-        self._remember(fields["n"])
+        if self._targets:
+            self._remember(fields["n"])
 
     def _remember(self, number: int) -> None:
         if self._targets[number]:
