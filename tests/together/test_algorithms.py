@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from miles_core.edges.toml import Source
-from miles_core.plugins import assemble
+from miles_core.edges.toml.assemble import assemble
 from miles_core.testing.runs import INLINE
 from whole_runs import timeless
 

@@ -90,33 +90,25 @@ def wait(runs: Any, name: str, rows: int, process: subprocess.Popen[str], patien
         time.sleep(0.05)
 
 
-def test_processes_that_die_cost_no_prompt_and_not_the_run(runs: Any) -> None:
-    """One of each kind; what only a checkpoint can replace makes the run go on from there."""
-    name, steps = "stream-killed", 40
-    process = runs.start(name, *ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0", start_new_session=True)
+def test_processes_that_die_cost_no_prompt(runs: Any) -> None:
+    """One of each kind, then the driver, with which all of them end. What only a checkpoint can replace makes the run
+    go on from there."""
+    name, steps = "stream-killed", 30
+    keys = (*ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0")
+    process = runs.start(name, *keys, start_new_session=True)
     for i, victim in enumerate(("rollout-0", "queue", "engine-0", "trainer-0")):
         wait(runs, name, 4 + 3 * i, process)
         pid = ray_process(victim, process.pid)
         assert pid is not None, victim
         os.kill(pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, out + err
-    assert [row["step"] for row in runs.metrics(name)] == list(range(1, steps + 1))
+    wait(runs, name, 20, process)
+    process.kill()
+    out, _ = process.communicate()
     assert "rollout-0: " in out and "engine-0: " in out and "every process starts anew" in out
+    status = subprocess.run([MILES, "status", name], cwd=runs.folder, capture_output=True, text=True, check=True)
+    assert "prompts taken" in status.stdout
+    assert "going on after step" in runs.run(name, *keys, "--resume").stdout
+    assert [row["step"] for row in runs.metrics(name)] == list(range(1, steps + 1))
     told = audited(runs, name)
     assert f"{steps * 8} trained" in told and "none was skipped, none trained twice" in told
     assert not processes_of(str(runs.folder / name))
-
-
-def test_after_everything_was_killed_nothing_is_lost_or_trained_twice(runs: Any) -> None:
-    name, steps = "stream-gone", 12
-    process = runs.start(name, *ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0", start_new_session=True)
-    wait(runs, name, 5, process)
-    process.kill()
-    process.communicate()
-    status = subprocess.run([MILES, "status", name], cwd=runs.folder, capture_output=True, text=True, check=True)
-    assert "prompts taken" in status.stdout
-    out = runs.run(name, *ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0", "--resume").stdout
-    assert "going on after step" in out
-    assert [row["step"] for row in runs.metrics(name)] == list(range(1, steps + 1))
-    assert f"{steps * 8} trained" in audited(runs, name)

@@ -21,6 +21,9 @@ def mode(request):
     return request.param
 
 
+only_overlap = pytest.mark.parametrize("mode", ["overlap"], indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
 def whole(runs, mode):
     """A run that nothing disturbed."""
@@ -56,8 +59,10 @@ def test_the_exported_model_is_the_trained_one(runs, mode, whole):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+@only_overlap
 def test_killed_anywhere_and_resumed_it_is_the_same_run(runs, mode, whole):
-    """Also the proof that a seed determines a run: every process of the second one is another."""
+    """Also the proof that a seed determines a run: every process of the second one is another. Overlapped, where groups
+    wait when the checkpoint is written; in turns there are none, and the rest is the same."""
     name = f"{mode}-killed"
     step = random.Random(mode).randint(2, 5)
     process = runs.start(name, "--set", f"mode={mode}", start_new_session=True)
