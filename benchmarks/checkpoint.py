@@ -29,8 +29,8 @@ import torch
 from miles_core.edges.lasting import RunState, Store
 from miles_core.edges.protocols import everyone
 from miles_core.edges.toml import Source
+from miles_core.edges.toml.assemble import assemble
 from miles_core.loop.fleet import Fleet, start
-from miles_core.plugins import assemble
 from miles_core.testing.reverse import write
 from miles_core.types import Sample
 

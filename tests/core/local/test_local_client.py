@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from miles_core.edges.local.client import LocalClient
+from miles_core.edges.local.client import LocalClient, StreamingClient
 from miles_core.edges.local.server import LocalEngine
 from miles_core.edges.protocols import Completion, EngineError, Request, Sampling, WorkerDied
 
@@ -57,6 +57,20 @@ def test_calls_of_one_tick_become_one_call_in_order(workers: list[InProcess], ti
     fresh = LocalEngine(str(tiny("qwen3").folder), None, 16, 64)
     alone = asyncio.run(fresh.generate([request for requests in groups for request in requests]))
     assert [completion for completions in answers for completion in completions] == alone
+
+
+def test_streaming_a_short_group_does_not_wait_for_a_long_one(workers: list[InProcess]) -> None:
+    async def written(client: LocalClient) -> int:
+        """Tokens in all when a short group is answered beside a long one."""
+        before = workers[0].engine._batch.generated
+        long = asyncio.ensure_future(client.generate(group(0, 2, tokens=50)))
+        await client.generate(group(1, 2, tokens=4))
+        found = workers[0].engine._batch.generated - before
+        assert [len(completion.tokens) for completion in await long] == [50, 50]
+        return found
+
+    assert asyncio.run(written(LocalClient(workers[:1], 30.0))) == 108
+    assert asyncio.run(written(StreamingClient(workers[:1], 30.0))) < 60
 
 
 def test_groups_stay_together_on_the_engine_with_the_fewest_requests(workers: list[InProcess]) -> None:

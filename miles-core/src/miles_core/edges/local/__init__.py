@@ -76,7 +76,9 @@ class Local(Plugin):
             )
             for i in range(self.run.placement.engines)
         ]
-        return Engines(processes, client="miles_core.edges.local.client:LocalClient")
+        streams = self.run.mode == "async" and self.run.max_staleness > 0
+        client = "StreamingClient" if streams else "LocalClient"
+        return Engines(processes, client=f"miles_core.edges.local.client:{client}")
 
     def _mine(self) -> bool:
         """Whether the run may sample with this engine at all."""

@@ -44,9 +44,14 @@ class LocalClient:
 
     def _flush(self) -> None:
         calls, self._calls = self._calls, []
-        task = asyncio.get_running_loop().create_task(self._serve(calls))
-        self._flushing.add(task)  # the event loop itself keeps no strong reference
-        task.add_done_callback(self._flushing.discard)
+        for part in self._parts(calls):
+            task = asyncio.get_running_loop().create_task(self._serve(part))
+            self._flushing.add(task)  # the event loop itself keeps no strong reference
+            task.add_done_callback(self._flushing.discard)
+
+    def _parts(self, calls: list[Call]) -> list[list[Call]]:
+        """What is asked together, and answered when all of it is done."""
+        return [calls]
 
     async def _serve(self, calls: list[Call]) -> None:
         """Split the calls over the engines, and answer each as soon as the engines it needs have answered."""
@@ -89,3 +94,13 @@ class LocalClient:
         if len(completions) != len(requests):
             raise EngineError(f"{worker.name} answered {len(completions)} of {len(requests)} requests")
         return completions
+
+
+class StreamingClient(LocalClient):
+    """Asks each call by itself, so that none waits for the longest response of another.
+
+    What an engine decodes together is then a matter of milliseconds, and with it the last bits of what it says.
+    """
+
+    def _parts(self, calls: list[Call]) -> list[list[Call]]:
+        return [[call] for call in calls]
