@@ -121,7 +121,7 @@ for plugin in PLUGINS:
 
 
 @nox.session
-@nox.parametrize("version", FLOORS, ids=FLOORS)
+@nox.parametrize("version", list(FLOORS), ids=list(FLOORS))
 def floor(session: nox.Session, version: str) -> None:
     """Plugins beside the oldest core, and the oldest pluggy of that core, that they say they work with."""
     if Version(version) == Version(str(project("miles-core")["version"])):
