@@ -77,6 +77,8 @@ def trainer(run: RunConfig, trained: bool = True, **megatron: Any) -> Iterator[T
     try:
         yield made
     finally:
+        if turns := made.model._turns:
+            turns.of_this_rank.remove(turns)  # there for as long as a rank lives, and its memory with it
         del made.model
         gc.collect()
         if torch.cuda.is_available():

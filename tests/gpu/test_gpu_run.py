@@ -123,14 +123,14 @@ def assert_nothing_is_left(folder: Path, before: int) -> None:
 
 @pytest.fixture(scope="module")
 def ended(folder: Path, sglang: Path) -> int:
-    """A run that was told to end in its third step or a little later; the last one that it finished."""
+    """A run that was told to end after its fifth step or a little later; the last one that it finished."""
     before = free()
     process = start(folder, sglang)
     try:
         until(
-            lambda: process.poll() is not None or (metrics(folder) and metrics(folder)[-1]["step"] >= 3),
+            lambda: process.poll() is not None or (metrics(folder) and metrics(folder)[-1]["step"] >= 5),
             360,
-            "the run reaches its third step",
+            "the run does its fifth step",
         )
         assert process.poll() is None, (process.communicate()[0], story(folder))
         assert before - free() > 1 << 30, "while it ran its engine and its trainer were on this GPU"
@@ -144,7 +144,7 @@ def ended(folder: Path, sglang: Path) -> int:
 
 
 def test_a_run_that_was_told_to_end_leaves_nothing_on_the_gpu(ended: int) -> None:
-    assert ended >= 3
+    assert ended >= 5
 
 
 def test_a_run_goes_on_to_its_end_and_leaves_nothing(folder: Path, sglang: Path, ended: int) -> None:
@@ -157,7 +157,8 @@ def test_a_run_goes_on_to_its_end_and_leaves_nothing(folder: Path, sglang: Path,
     assert process.returncode == 0, (out, story(folder))
     assert_nothing_is_left(folder, before)
     went_on = re.search(r"going on after step (\d+)", out)
-    assert went_on and ended - 2 <= int(went_on[1]) <= ended and int(went_on[1]) % 2 == 0, out
+    # The newest checkpoint, or the one before where that was still being written.
+    assert went_on and ended - 4 < int(went_on[1]) <= ended and int(went_on[1]) % 2 == 0, out
     steps = metrics(folder)
     assert [row["step"] for row in steps] == list(range(1, last + 1))
     assert [row["weight_version"] for row in steps] == list(range(1, last + 1))
