@@ -182,6 +182,7 @@ async def sync(
     Timed are the falling asleep and, after the training, everything from the first tensor until the engine serves.
     """
     transport.connect([worker], miles.model.layout)
+    assert miles.model._turns  # it shares its GPU with the engine
     parts, size = [], 0.0
     for version in range(syncs + 1):
         began = time.perf_counter()
@@ -191,16 +192,18 @@ async def sync(
         torch.cuda.synchronize()
         began = time.perf_counter()
         await worker.call("begin_update")  # as the loop does, which need not know that it is asleep
+        miles.model._turns.rest()  # which ``export`` would do
+        rests = time.perf_counter()
         size = transport.send(miles.model.export(), verify=False)["bytes"]
         sent = time.perf_counter()
         await worker.call("end_update", version + 1)
-        parts.append((asleep, sent - began, time.perf_counter() - sent))
+        parts.append((asleep, rests - began, sent - rests, time.perf_counter() - sent))
     [completion] = await client.generate(requests(prompts(7, vocab, 1), 8))
     if set(completion.versions) != {syncs + 1}:
         raise ValueError(f"the engine serves version {completion.versions}, not {syncs + 1}")
     parts = parts[1:]  # the first one allocates the buckets
     whole = statistics.median(sum(part) for part in parts) * 1e3
-    asleep, moving, ending = (1e3 * statistics.median(side) for side in zip(*parts, strict=True))
+    told = [f"{1e3 * statistics.median(side):.1f}" for side in zip(*parts, strict=True)]
     best = copy_seconds(int(size)) * 1e3
     return Row(
         "sync",
@@ -212,7 +215,8 @@ async def sync(
         whole / best,
         f"under {BAR_SYNC_MS:g} ms",
         whole < BAR_SYNC_MS,
-        f"medians of {syncs}: falls asleep {asleep:.1f}, weights {moving:.1f}, serves again {ending:.1f} ms",
+        f"medians of {syncs}: falls asleep {told[0]}, trainer rests {told[1]}, weights {told[2]}, "
+        f"serves again {told[3]} ms",
     )
 
 
