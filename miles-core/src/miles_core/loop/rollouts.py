@@ -235,7 +235,6 @@ class Rollouts:
         state.dropped = [*dropped, *self._dropped]
 
     async def sync(self) -> None:
-        """Make what is in queue and ledger durable."""
         await self.queue.sync()
         self.ledger.sync()
 
