@@ -42,13 +42,13 @@ class ThreadWorker:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(make(), self._loop))
 
     def _send(self, method: str, args: tuple[Any, ...]) -> Future[bytes]:
-        given = pickle.dumps(args)
+        given = pickle.dumps(args, pickle.HIGHEST_PROTOCOL)
 
         async def invoke() -> bytes:
             result = getattr(self._object, method)(*pickle.loads(given))
             if isinstance(result, Future):
                 result = asyncio.wrap_future(result)
-            return pickle.dumps(await result if inspect.isawaitable(result) else result)
+            return pickle.dumps(await result if inspect.isawaitable(result) else result, pickle.HIGHEST_PROTOCOL)
 
         if not self._thread.is_alive():
             raise WorkerDied(f"{self.name} was killed")
