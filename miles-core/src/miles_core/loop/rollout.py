@@ -45,7 +45,7 @@ class RolloutWorker:
         """Consumes groups of one sample, the prompt; ``collect`` produces them whole, sampled and rewarded."""
         for group in groups:
             task = asyncio.ensure_future(self._tried(numbered(group, self._run.batch.group_size, self._run.seed)))
-            task.add_done_callback(self._done.put_nowait)
+            task.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._done.put_nowait(done)))
             self._rolling.add(task)  # the event loop itself keeps no strong reference
 
     async def collect(self) -> list[Rolled]:
