@@ -8,7 +8,7 @@ from pathlib import Path
 
 def timeless(rows: list[dict]) -> list[dict]:
     """Metrics without those that a clock writes."""
-    clocks = ("time", "tokens_per_s", "sync/")
+    clocks = ("time", "tokens_per_s", "sync/", "utilization/")
     return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
 
 

@@ -197,7 +197,7 @@ class Hooks:
 
     @hook("event", "driver")
     def miles_span(self, process: str, doing: str, began: float, ended: float) -> None:
-        """What a process did: sample, reward, train, sync or save, in seconds since the epoch."""
+        """What a process did, such as sample, reward, train, sync or wait, in seconds since the epoch."""
 
     @hook("event", "driver")
     def miles_run_end(self, error: BaseException | None) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miles_core.pacing import Admission, sampling, times
+from miles_core.pacing import Admission, times
 
 sizes = st.integers(1, 5)
 
@@ -75,9 +75,28 @@ def test_while_weights_are_awaited_nothing_is_begun():
 
 def test_waves_add_up_in_turns_and_are_averaged_where_they_overlap():
     waves = [(1.0, 1.5), (3.0, 4.5)]
-    assert sampling(waves, streaming=False) == {"time/sample": 4.0, "time/reward": 2.0}
-    assert sampling(waves, streaming=True) == {"time/sample": 2.0, "time/reward": 1.0}
-    assert sampling([], streaming=True) == {"time/sample": 0.0, "time/reward": 0.0}
+
+    def seconds(streaming, waves):
+        told = Admission(4, 9, 2, streaming).sampling(waves, 0)
+        return told["time/sample"], told["time/reward"]
+
+    assert seconds(False, waves) == (4.0, 2.0)
+    assert seconds(True, waves) == (2.0, 1.0)
+    assert seconds(True, []) == (0.0, 0.0)
+
+
+def test_what_was_under_way_is_measured_over_time():
+    now = [100.0]
+    admission = Admission(4, 9, 2, streaming=True, clock=lambda: now[0])
+    for seconds, groups in ((1.0, 8), (2.0, 2), (1.0, 0)):  # as many are under way from then on
+        now[0] += seconds
+        admission.fly(groups)
+    now[0] += 4.0
+    told = admission.sampling([], 3)
+    assert told["utilization/in_flight"] == (2.0 * 8 + 1.0 * 2) / 8.0
+    assert told["utilization/rollouts"] == 3.0 / 8.0 and told["utilization/queued"] == 3.0
+    now[0] += 1.0
+    assert admission.sampling([], 0)["utilization/rollouts"] == 0.0
 
 
 def test_the_parts_of_a_step_add_up_to_its_wall_time():

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..edges.lasting import RunState, Store
 from ..edges.protocols import WorkerDied, both, everyone
-from ..pacing import times
+from ..pacing import WatchedCluster, times
 from ..packing import deal
 from ..plugins import Manifest, Registry
 from ..types import Group, Refused
@@ -66,7 +66,7 @@ async def attempt(
     def say(text: str) -> None:
         hooks.progress(text=text)
 
-    cluster, loop = hooks.cluster(run_dir=run_dir), None
+    cluster, loop = WatchedCluster(hooks.cluster(run_dir=run_dir), hooks.span), None
     found = store.newest(say) if resume else None
     try:
         fleet, queue = await start(manifest, hooks, cluster), hooks.queue(run_dir=run_dir, cluster=cluster, say=say)

@@ -45,7 +45,8 @@ class RolloutWorker:
         """Consumes groups of one sample, the prompt; ``collect`` produces them whole, sampled and rewarded."""
         for group in groups:
             task = asyncio.ensure_future(self._tried(numbered(group, self._run.batch.group_size, self._run.seed)))
-            task.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._done.put_nowait(done)))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # one that is raised is enough
+            task.add_done_callback(self._done.put_nowait)
             self._rolling.add(task)  # the event loop itself keeps no strong reference
 
     async def collect(self) -> list[Rolled]:
@@ -57,8 +58,7 @@ class RolloutWorker:
 
     async def evaluate(self, groups: list[Group]) -> list[Group]:
         """Consumes groups of held-out prompts; produces them whole. Raises EngineError where an engine failed one."""
-        # Given responses are looked at all together.
-        attempts = 1 if self._run.placement.engines else self._run.batch.group_size
+        attempts = 1 if self._run.placement.engines else self._run.batch.group_size  # all of the responses given
         tasks = [asyncio.ensure_future(self._one(numbered(group, attempts, self._run.seed), True)) for group in groups]
         try:
             return [rolled.group for rolled in await asyncio.gather(*tasks) if rolled.group]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ..edges.lasting import Ledger, Queue, RunState
 from ..edges.protocols import EngineError, WorkerDied
-from ..pacing import Admission, sampling
+from ..pacing import Admission
 from ..plugins import Registry
 from ..samples import newest, versions
 from ..types import Group, Refused, Sample
@@ -81,7 +81,7 @@ class Rollouts:
             self.ledger.lease([id], name)
             load[name] += 1
             self._flying[id] = name, self._wave
-        self.admission.flying = len(self._flying)
+        self.admission.fly(len(self._flying))
         asked = [worker.call("begin", shares[worker.name]) for worker in self.fleet.rollouts if shares[worker.name]]
         for answer in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(answer, BaseException) and not isinstance(answer, WorkerDied):  # ``_collect`` finds it dead
@@ -152,7 +152,7 @@ class Rollouts:
         await self._tell()
 
     async def _tell(self) -> None:
-        self.admission.flying = len(self._flying)
+        self.admission.fly(len(self._flying))
         async with self._changed:
             self._changed.notify_all()
 
@@ -197,7 +197,7 @@ class Rollouts:
         groups: list[Group] = await self.queue.get(ids)
         sampled = sorted([*groups, *dropped], key=lambda group: group.id)
         metrics: dict[str, float] = self.hooks.metrics(step=step, groups=sampled, evaluating=False)
-        metrics |= sampling(waves, self.admission.streaming)
+        metrics |= self.admission.sampling(waves, len(self.ripe))
         return groups, metrics | {"rollout/dropped_groups": float(len(dropped))}
 
     async def _sort_out(self, step: int) -> None:

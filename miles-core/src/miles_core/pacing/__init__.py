@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .watched import WatchedCluster as WatchedCluster
 
 
 @dataclass(slots=True)
@@ -22,6 +26,16 @@ class Admission:
     used: int = 0  # groups that were kept, whether trained on or queued
     flying: int = 0
     draining: bool = False  # weights are about to move, and nothing is to be under way then
+    clock: Callable[[], float] = time.perf_counter
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.clock())
+
+    def fly(self, groups: int) -> None:
+        """So many are under way from now on."""
+        self.watch.look(self.clock(), self.flying)
+        self.flying = groups
 
     @property
     def room(self) -> int:
@@ -35,15 +49,40 @@ class Admission:
         """Nothing is under way, and nothing will be before the weights move."""
         return not (self.flying or self.room)
 
+    def sampling(self, waves: list[tuple[float, float]], ripe: int) -> dict[str, float]:
+        """What was sampled since this was asked last, for the metrics; ``ripe`` groups are left in the queue.
 
-def sampling(waves: list[tuple[float, float]], streaming: bool) -> dict[str, float]:
-    """Seconds of sampling and rewarding from those of waves: until all was sampled, and until it was rewarded.
+        Seconds of sampling and rewarding are those of ``waves``: until all was sampled, and until it was rewarded.
+        Waves follow one another; streaming they overlap, and their mean says how long a group takes.
+        """
+        parts = len(waves) if waves and self.streaming else 1
+        sampled, done = (sum(wave[i] for wave in waves) / parts for i in (0, 1))
+        self.watch.look(self.clock(), self.flying)
+        seen, self.watch = self.watch, Watch(self.watch.at)
+        return {
+            "time/sample": sampled,
+            "time/reward": done - sampled,
+            "utilization/queued": float(ripe),
+            "utilization/in_flight": seen.groups_s / seen.seconds if seen.seconds else 0.0,
+            "utilization/rollouts": seen.busy_s / seen.seconds if seen.seconds else 0.0,
+        }
 
-    Waves follow one another; streaming they overlap, and their mean says how long a group takes.
-    """
-    parts = len(waves) if waves and streaming else 1
-    sampled, done = (sum(wave[i] for wave in waves) / parts for i in (0, 1))
-    return {"time/sample": sampled, "time/reward": done - sampled}
+
+@dataclass(slots=True)
+class Watch:
+    """How many groups were under way, over a stretch of time."""
+
+    at: float  # when it was looked at last
+    seconds: float = 0.0
+    busy_s: float = 0.0  # of those, with anything under way at all
+    groups_s: float = 0.0  # groups times seconds
+
+    def look(self, now: float, flying: int) -> None:
+        """``flying`` groups were under way until ``now``."""
+        passed, self.at = now - self.at, now
+        self.seconds += passed
+        self.busy_s += passed if flying else 0.0
+        self.groups_s += passed * flying
 
 
 def times(metrics: dict[str, float], waited: float, wall: float, ahead: float, turns: bool) -> dict[str, float]:
@@ -55,4 +94,5 @@ def times(metrics: dict[str, float], waited: float, wall: float, ahead: float, t
     if turns:
         other += waited - metrics.get("time/sample", 0.0) - metrics.get("time/reward", 0.0)
     spent = {"time/step": wall, "time/wait": waited, "time/ahead": ahead, "time/other": other}
+    spent["utilization/trainer"] = metrics.get("time/train", 0.0) / (wall + ahead)
     return spent | {"tokens_per_s": metrics.get("rollout/tokens", 0.0) / wall}

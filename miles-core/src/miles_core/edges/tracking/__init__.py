@@ -12,12 +12,15 @@ from ...plugins import Plugin
 from .console import Mode, Screen, Status, screen, summarize
 from .metrics import MetricsFile
 from .record import Failure, Record, sampled
+from .trace import Trace
+from .usage import advice
 
 if TYPE_CHECKING:
     from ...config import RunConfig
     from ...types import Group
     from .events import EventFile
 
+Span = tuple[str, str, float, float]  # process, what it did, from when to when, in seconds since the epoch
 REPORTING = 0.01  # of the run's time at most goes into writing the report while it goes on
 
 
@@ -25,6 +28,7 @@ class Tracking(Plugin):
     class Config(Plugin.Config):
         console: Mode = "auto"  # a line that updates in place on a terminal; "plain" never does; "off"
         tensorboard: bool = True  # event files in <run folder>/tensorboard
+        trace: bool = True  # <run folder>/trace.json, what every process did when
 
     config: Config
 
@@ -36,6 +40,9 @@ class Tracking(Plugin):
         self._status: Status | None = None
         self._metrics: MetricsFile | None = None
         self._events: EventFile | None = None
+        self._trace: Trace | None = None
+        self._spans: list[Span] = []  # since the end of the last step
+        self._slower = ""  # side, of which it was told
         self._restored: dict[str, Any] | None = None  # until there is a record to restore it to
         self._evaluated = False  # since the report was written
         self._rested = 0.0  # when it may be written again
@@ -61,6 +68,8 @@ class Tracking(Plugin):
             from .events import EventFile
 
             self._events = EventFile(run_dir / "tensorboard", step)
+        if self.config.trace:
+            self._trace = Trace(run_dir, resumed=step > 0)
         self._status = Status(step, self.run.steps)
         self._screen.progress(self._status)
 
@@ -74,6 +83,11 @@ class Tracking(Plugin):
             self._events.add(step, metrics)
         self._status.update(self._record)
         self._screen.progress(self._status)
+        self._take_in(self._record)
+        slower, self._record.advice = advice(self._metrics.history, self.run)
+        if slower and slower != self._slower:  # told once, with the numbers of then
+            self._screen.say(self._record.advice, "yellow")
+            self._slower = slower
         if self._evaluated and time.monotonic() >= self._rested:
             self._write_report()
 
@@ -97,6 +111,10 @@ class Tracking(Plugin):
         self._screen.say(f"{who}{error.strip().splitlines()[0] if error.strip() else 'failed'}; {action}", "yellow")
 
     @hookimpl
+    def miles_span(self, process: str, doing: str, began: float, ended: float) -> None:
+        self._spans.append((process, doing, began, ended))
+
+    @hookimpl
     def miles_state(self) -> dict[str, Any]:
         return {"tracking": self._record.state()} if self._record is not None else {}
 
@@ -110,6 +128,7 @@ class Tracking(Plugin):
         self._screen.close()
         if self._record is None:  # it ended before every process was up
             return
+        self._take_in(self._record)
         self._record.ended, self._record.error = True, _told(error)
         summarize(self._record, self._screen)
         try:
@@ -122,6 +141,20 @@ class Tracking(Plugin):
             for file in (self._metrics, self._events):
                 if file is not None:
                     file.close()
+
+    def _take_in(self, record: Record) -> None:
+        """Account for what processes did. A trace that cannot be written is no reason to stop training."""
+        spans, self._spans = self._spans, []
+        for span in spans:
+            record.usage.add(*span)
+            if self._trace is not None:
+                self._trace.add(*span)
+        try:
+            if self._trace is not None:
+                self._trace.flush()
+        except OSError as error:
+            self._trace = None
+            self._screen.say(f"{error}; the run goes on without it", "yellow")
 
     def _write_report(self) -> Path:
         from .report import write

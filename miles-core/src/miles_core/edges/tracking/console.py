@@ -185,6 +185,8 @@ def _say_timing(record: Record, to: Screen) -> None:
     for phase in phases:
         share = "" if phase.share is None else f"{phase.share:8.1%}"
         to.say(f"  {phase.name:<{width}} {phase.seconds:>10,.2f} s{share}")
+    if record.advice:
+        to.say(f"  {record.advice}", "yellow")
 
 
 def _shown(text: str, width: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .metrics import History
+from .usage import Usage
 
 if TYPE_CHECKING:
     from ...config import RunConfig
@@ -61,6 +62,8 @@ class Record:
     answers: list[Answer] = field(default_factory=list)
     answered: int = 0  # the step after which those answers were sampled
     failures: list[Failure] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    advice: str = ""  # which side is the slower one, if one is by much
     checkpoint: int | None = None  # the newest step that is whole on disk
     ended: bool = False
     error: str | None = None  # why it ended early
@@ -77,12 +80,13 @@ class Record:
         """As JSON values: what metrics.jsonl does not hold."""
         answers = [[a.id, a.prompt, a.response, a.value, a.reward] for a in self.answers]
         failures = [[f.step, f.process, f.error, f.action] for f in self.failures]
-        return {"answers": answers, "answered": self.answered, "failures": failures}
+        return {"answers": answers, "answered": self.answered, "failures": failures, "usage": self.usage.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.answers = [Answer(*item) for item in state["answers"]]
         self.answered = state["answered"]
         self.failures = [Failure(*item) for item in state["failures"]] + self.failures
+        self.usage.restore(state["usage"])
 
 
 def sampled(groups: list[Group], accuracy: str | None, count: int = SHOWN) -> list[Answer]:

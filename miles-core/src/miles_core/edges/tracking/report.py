@@ -28,6 +28,11 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[float, float] | None], ...] = (
     ("Entropy", ("entropy*",), None),
     ("Tokens per second", ("tokens_per_s",), (0.0, 0.0)),
     ("Staleness, in versions of the weights", ("staleness/max", "staleness/mean"), (0.0, 1.0)),
+    (
+        "Utilization: the trainer trained, anything was being sampled",
+        ("utilization/trainer", "utilization/rollouts"),
+        (0.0, 1.0),
+    ),
     ("Gradient norm", ("grad_norm",), None),
     ("Response length, in tokens", ("rollout/length",), None),
 )
@@ -80,6 +85,7 @@ def render(record: Record) -> str:
         figures=list(figures(record)),
         panels=list(panels(record.history)),
         phases=timing(record),
+        usage=list(record.usage.rows()),
         whole=WHOLE,
         rows=list(table(record.history)),
         config=settings(record.run_dir / "config.json") or list(flat(record.run.model_dump(mode="json"))),
