@@ -14,8 +14,12 @@ STEP = 0.05  # seconds
 class Slow:
     """Takes its time over everything, one thing after another."""
 
-    def train(self):
-        time.sleep(STEP)
+    def __init__(self):
+        self.turn = asyncio.Lock()
+
+    async def train(self):
+        async with self.turn:
+            await asyncio.sleep(STEP)
         return "trained"
 
     push = begin_update = end_update = abort_update = saved = train
