@@ -19,6 +19,9 @@ class SimulatedEngine:
     def __init__(self, slots: int, token_s: float, median: float, sigma: float) -> None:
         self._free, self._token_s = asyncio.Semaphore(slots), token_s
         self._mu, self._sigma = math.log(median), sigma
+        self._stood, self._stands = 0.0, 0.0  # seconds without tokens so far; since when it stands still, or 0
+        self._writes = asyncio.Event()
+        self._writes.set()
         self._moved = [(0.0, 0)]  # when a version of the weights was there, and which
 
     async def ready(self) -> str:
@@ -34,26 +37,35 @@ class SimulatedEngine:
         draw = random.Random(request.seed)
         length = max(1, min(request.sampling.max_tokens, round(draw.lognormvariate(self._mu, self._sigma))))
         async with self._free:
-            began = time.monotonic()
-            await asyncio.sleep(length * self._token_s)
+            began = self._now()
+            while (left := began + length * self._token_s - self._now()) > 0:
+                await self._writes.wait()
+                await asyncio.sleep(left)
         versions = [self._at(began + i * self._token_s) for i in range(length)]
         tokens = [draw.randrange(2, 12) for _ in range(length)]
         return Completion(tokens, [-math.log(10.0)] * length, versions, "length")
+
+    def _now(self) -> float:
+        """A clock that stands still while no tokens are written."""
+        return (self._stands or time.monotonic()) - self._stood
 
     def _at(self, when: float) -> int:
         return next(version for moved, version in reversed(self._moved) if moved <= when)
 
     async def begin_update(self) -> None:
-        pass
+        self._stands = self._stands or time.monotonic()
+        self._writes.clear()
 
     async def load(self, bucket: Bucket) -> dict[str, int]:
         return {piece.name: piece.checksum for piece in bucket.pieces if piece.checksum is not None}
 
     async def end_update(self, version: int) -> None:
-        self._moved.append((time.monotonic(), version))
+        self._moved.append((self._now(), version))
+        await self.abort_update()
 
     async def abort_update(self) -> None:
-        pass
+        self._stood, self._stands = self._stood + time.monotonic() - self._stands, 0.0
+        self._writes.set()
 
 
 class Simulated(Plugin):
