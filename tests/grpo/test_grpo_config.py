@@ -133,7 +133,7 @@ def test_explain_tells_a_variant_s_defaults_from_plain_ones_and_from_what_was_wr
     write_tiny(tmp_path)
     (tmp_path / "run.toml").write_text(
         'algorithm = "grpo"\nsteps = 1\nmodel.path = "model"\ndata.train = "train.jsonl"\n'
-        'reward.positions.weight = 1.0\n[grpo]\nvariant = "dr_grpo"\n'
+        'reward.positions.weight = 1.0\nrollout.max_tokens = 4\n[grpo]\nvariant = "dr_grpo"\n'
     )
     done = CliRunner().invoke(explain.command, [str(tmp_path / "run.toml"), "--set", "grpo.clip_high=0.3"])
     assert done.exit_code == 0, done.output
