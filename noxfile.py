@@ -31,6 +31,7 @@ BUDGETS = {  # most lines, blank ones and comments too; edges/ and testing/ stan
     "core": (1800, [f"{CORE}/*.py", f"{CORE}/loop/*.py"]),
     "loop": (1200, [f"{CORE}/loop/*.py"]),
 }
+SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")  # much of a test's time is waiting
 FORMULAS = ("click", "numpy", "packaging", "pluggy", "pydantic", "torch")  # what core's formulas and tables import
 
 
@@ -105,7 +106,7 @@ def tests(session: nox.Session, package: str) -> None:
     """One package beside this checkout's core, and no other plugin."""
     prepare(session, *editable(*dict.fromkeys(("miles-core", package))), group="test")
     rules = ("tests/contract",) if package == "miles-core" else STANDS_ALONE
-    session.run("pytest", tests_of(package), *rules, *session.posargs)
+    session.run("pytest", *SPREAD, tests_of(package), *rules, *session.posargs)
 
 
 @nox.session
@@ -171,7 +172,7 @@ def gpu(session: nox.Session) -> None:
 
 def marked(session: nox.Session, marker: str) -> None:
     prepare(session, *editable(*PACKAGES), group="test")
-    session.run("pytest", "-m", marker, *session.posargs, success_codes=[0, 5])  # 5: none bears the marker yet
+    session.run("pytest", *SPREAD, "-m", marker, *session.posargs, success_codes=[0, 5])  # 5: none bears it yet
 
 
 @nox.session

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 MILES = str(Path(sys.executable).with_name("miles"))
-REVERSE = Path(__file__).parents[2] / "examples" / "reverse"
 
 RUN = """\
 algorithm = "grpo"
@@ -54,10 +53,11 @@ every = 2
 
 
 @pytest.fixture(scope="session")
-def reverse_data() -> Path:
-    """The quickstart's own model and prompts, written by its own script."""
-    subprocess.run([sys.executable, REVERSE / "make.py"], check=True, capture_output=True)
-    return REVERSE / "data"
+def reverse_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's own model and prompts, away from those that a user may be training on."""
+    data = tmp_path_factory.mktemp("reverse") / "data"
+    subprocess.run([sys.executable, "-m", "miles_core.testing.reverse", data], check=True, capture_output=True)
+    return data
 
 
 class Runs:

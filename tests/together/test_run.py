@@ -79,7 +79,7 @@ def test_killed_anywhere_and_resumed_it_is_the_same_run(runs, mode, whole):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ended_by_a_signal_nothing_is_left_behind(runs, how, reverse_data):
+def test_ended_by_a_signal_nothing_is_left_behind(runs, how):
     name = f"ended-{how.name}"
     process = runs.start(name, "--set", "steps=1000")
     wait_for_step(runs, name, 1, process)
