@@ -172,7 +172,9 @@ class Server:
             case "/model_info":
                 return 200, {"model_path": self.args.model_path, "weight_version": self.version}
             case "/server_info":
-                return 200, {"version": self.args.dialect, "internal_states": [{}]}
+                told = {"weight": 2.0, "kvcache": self.args.cache_gib, "token_capacity": 1000}
+                state = {"memory_usage": told} if self.args.cache_gib else {}
+                return 200, {"version": self.args.dialect, "internal_states": [state]}
             case "/v1/loads":
                 counts = {"num_running_reqs": len(scheduler.running), "num_waiting_reqs": len(scheduler.waiting)}
                 return 200, {"version": self.args.dialect, "loads": [{"dp_rank": 0} | counts]}
@@ -284,6 +286,7 @@ if __name__ == "__main__":
     options.add_argument("--slow-s", type=float, default=0.0, help="listening, but not ready")
     options.add_argument("--step-s", type=float, default=0.001, help="for a token of every running request")
     options.add_argument("--context-length", type=int, default=512)
+    options.add_argument("--cache-gib", type=float, default=0.0, help="told, with 2 GiB of weights")
     for option in ("--model-path", "--host", "--weight-version"):
         options.add_argument(option, required=True)
     options.add_argument("--port", type=int, required=True)

@@ -142,7 +142,7 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
     made = plugin(tmp_path, table, placement={"engines": 2}, seed=7, rollout={"timeout_s": 60})
     first, second = made.miles_engines().processes
     words, *rest = second.args
-    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61, False])
+    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61, False, True])
     said = [
         "--tp-size",
         "2",

@@ -19,6 +19,7 @@ from miles_core.edges.sglang import wire
 from miles_core.edges.sglang.broadcast import BroadcastTransport
 from miles_core.edges.sglang.bucket import Flat, buckets
 from miles_core.edges.sglang.handles import HandleTransport
+from miles_core.edges.sharing import HERE
 from miles_core.types import Layout
 
 LAYOUT = Layout(rank=0, world=1, dp_rank=0, dp_size=1, last_stage=True, reports=True)
@@ -120,6 +121,7 @@ class Engine:
         self.groups: dict[str, list[Any]] = {}
         self.error: Exception | None = None
         self.loads = 0
+        self.stays, self.rooms = False, list[int]()
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         raise NotImplementedError
@@ -129,6 +131,10 @@ class Engine:
 
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         return getattr(self, method)(*args)
+
+    def stay(self, room: int) -> bool:
+        self.rooms.append(room)
+        return self.stays
 
     def member(self, name: str) -> bool:
         return name in self.groups
@@ -195,6 +201,16 @@ def test_every_tensor_arrives_again_and_again(transport: Any) -> None:
         assert told == {"bytes": sum(x.nbytes for x in sent.values()), "tensors": len(sent)}
         assert_arrived(engine, sent)
     assert engine.loads > 6  # several buckets each
+
+
+def test_the_trainer_s_end_of_a_gpu_hears_whether_the_engine_keeps_its_memory(sglang: None) -> None:
+    """Without a GPU, and before anything was trained, there is nothing to tell the engine of."""
+    engine, transport = Engine("engine-0"), HandleTransport(1, 120, 20)
+    transport.connect([engine], LAYOUT)
+    for engine.stays in (True, False):
+        transport.send(iter(tensors().items()), False)
+        assert HERE.stays is engine.stays and engine.rooms.pop() < 0
+    transport.close()
 
 
 def test_what_an_engine_refuses_names_it_and_the_tensors(transport: Any) -> None:

@@ -355,6 +355,50 @@ def test_in_turns_the_memory_is_the_trainers_from_begin_update_to_the_first_buck
     asyncio.run(go())
 
 
+MEMORY = {"/release_memory_occupation", "/resume_memory_occupation"}
+
+
+def test_in_turns_memory_is_kept_where_both_fit(dialect: str) -> None:
+    """``room`` is what training left: with the server asleep it must hold all of it, and awake nothing more."""
+    gib = 2**30
+    rooms = {1: (8 * gib - 1, False), 2: (8 * gib, True), 3: (0, True), 4: (-1, False), 5: (8 * gib, True)}
+    slept = {1: True, 2: True, 3: False, 4: False, 5: True, 6: False}  # by what was said in the update before
+
+    async def go() -> None:
+        async with engines(dialect, "--cache-gib", "6", turns=True) as [worker]:
+            client = SGLangClient([worker], 10)
+            assert (
+                await worker.engine.ready() == f"SGLang {dialect}: 2.0 GB of weights, 6.0 GB of cache for 1,000 tokens"
+            )
+            for version, sleeps in slept.items():
+                before = len(await calls(worker))
+                await worker.engine.begin_update()
+                room, stays = rooms.get(version, (0, True))
+                told, _ = await asyncio.gather(worker.engine.stay(room), worker.engine.load(weights(a=version)))
+                assert told is stays
+                await worker.engine.load(weights(b=version))
+                await worker.engine.end_update(version)
+                asked = (await calls(worker))[before:]
+                assert [path in asked for path in MEMORY] == [sleeps, sleeps] and "/flush_cache" in asked
+                [request] = group(version, 1)
+                assert_whole(request, (await client.generate([request]))[0], [version] * 6)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("options", [{"turns": True, "may_stay": False}, {"turns": True, "silent": True}, {}])
+def test_memory_is_not_kept_where_that_was_not_allowed_or_nothing_is_known_or_nobody_shares_it(
+    dialect: str, options: dict[str, bool]
+) -> None:
+    async def go() -> None:
+        more: dict[str, Any] = {key: value for key, value in options.items() if key != "silent"}
+        async with engines(dialect, *(() if "silent" in options else ("--cache-gib", "6")), **more) as [worker]:
+            await worker.engine.begin_update()
+            assert await worker.engine.stay(2**40) is False
+
+    asyncio.run(go())
+
+
 def test_in_turns_a_server_without_its_weights_is_replaced(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect, turns=True) as [worker]:

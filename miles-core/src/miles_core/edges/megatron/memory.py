@@ -1,9 +1,9 @@
 """What a trained model takes of its GPU, and how it makes room for an engine on the same one.
 
-While the engine samples, nothing of the trainer is used but its weights, and they only when the sampling is over. Its
-activations are given back to the driver in any case. Gradients, fp32 weights and Adam's moments stay where they are as
-long as they take a small share of the GPU, because moving them costs time at every step; beyond it the gradients are
-freed and the others wait in pinned memory of the host.
+While the engine samples, nothing of the trainer is used but its weights, and they only when the sampling is over. Where
+both fit on the GPU all stays where it is (see ``sharing``). Elsewhere activations are given back to the driver.
+Gradients, fp32 weights and Adam's moments stay as long as they take a small share of the GPU, because moving them costs
+time at every step; beyond it the gradients are freed and the others wait in pinned memory of the host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron.core import mpu
 from torch import Tensor
 
 from ...types import Refused
+from ..sharing import HERE
 from .build import Trained
 
 KEPT = 0.35  # most of a GPU's memory that optimizer and gradients keep while an engine uses it
@@ -86,8 +87,8 @@ class Turns:
         self._resting = False
 
     def rest(self) -> None:
-        """Give memory away. Does nothing the second time."""
-        if self._resting:
+        """Give memory away, unless the engine never gave up its own. Does nothing the second time."""
+        if self._resting or HERE.stays:
             return
         self._resting = True
         self._settle()
@@ -98,7 +99,8 @@ class Turns:
         torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Take it again. Does nothing the second time."""
+        """Take it again, to train. Does nothing the second time."""
+        HERE.trained = True
         if not self._resting:
             return
         self._resting = False

@@ -36,6 +36,7 @@ class SGLang(Plugin):
         __pydantic_extra__: dict[str, Value]
         start_timeout_s: float = Field(900, gt=0)  # for a server to load its weights and compile its kernels
         bucket_mib: int = Field(1024, gt=0)  # weights travel in buckets of this size; each sending rank has two
+        stays: bool = True  # sharing a GPU with a trainer, keep memory while that one trains, as long as both fit
 
     config: Config
 
@@ -118,6 +119,7 @@ class SGLang(Plugin):
                     "nccl" if gpus else "gloo",
                     self._says("vocab_size"),
                     turns,
+                    self.config.stays,
                 ),
                 gpus=0.0 if turns else float(gpus),
                 beside=tuple(f"trainer-{i * gpus + j}" for j in range(gpus)) if turns else (),

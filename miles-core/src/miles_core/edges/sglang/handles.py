@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...types import Layout
 from ..protocols import TransportError, Worker
+from ..sharing import HERE
 from . import wire
 from .bucket import Flat, buckets
 
@@ -26,7 +27,7 @@ class HandleTransport:
         """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead."""
         self._gpus, self._timeout = gpus, timeout_s
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="weights")  # what the engine is told, beside its loading
         self._loading: Future[Any] | None = None
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
@@ -42,6 +43,7 @@ class HandleTransport:
         Raises TransportError naming the tensors and the engine.
         """
         sent = count = 0
+        staying = self._pool.submit(self._stay, self._room())
         try:
             for flat in buckets(tensors, self._flats):
                 sent, count = sent + flat.used, count + len(flat.places)
@@ -52,6 +54,7 @@ class HandleTransport:
                     self._loading = self._pool.submit(self._load, bucket, flat.names)
         finally:
             self._settle()
+        HERE.stays = self._said(staying.result())
         return {"bytes": float(sent), "tensors": float(count)} if self._first else {}
 
     def close(self) -> None:
@@ -63,6 +66,24 @@ class HandleTransport:
         payloads: list[Any] | None = [None] * self._gpus if self._first else None
         dist.gather_object(payload, payloads, group=self._group, group_dst=0)
         return payloads or []
+
+    def _room(self) -> int:
+        """What the fullest of the engine's GPUs has for it."""
+        rooms: list[Any] = [HERE.room()] * self._gpus
+        if self._group is not None:
+            dist.all_gather_object(rooms, rooms[0], group=self._group)
+        return int(min(rooms))
+
+    def _stay(self, room: int) -> bool:
+        """Whether the engine will keep its memory while the ranks train next."""
+        return self._first and bool(self._engine.ask("stay", room, timeout=self._timeout))
+
+    def _said(self, stays: bool) -> bool:
+        """What the first rank was told, on every rank."""
+        said = [stays]
+        if self._group is not None:
+            dist.broadcast_object_list(said, group=self._group, group_src=0)
+        return said[0]
 
     def _load(self, bucket: wire.Tensors, names: str) -> None:
         try:

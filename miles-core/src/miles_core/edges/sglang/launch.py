@@ -32,18 +32,22 @@ class Live:
     call: Caller
     sessions: bool  # whether weights must come between begin_weight_update and end_weight_update
     release: str  # SGLang's own version
+    memory: dict[str, float]  # of its first rank: GiB of "weight" and "kvcache", tokens of "token_capacity"; or empty
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of weights and cache on each GPU; None where it did not tell."""
+        return int((self.memory["weight"] + self.memory["kvcache"]) * 2**30) if self.memory else None
 
     @property
     def address(self) -> str:
         return wire.address(self.url, self.mark)
 
-    async def has(self) -> str:
+    def has(self) -> str:
         """What it takes of its GPUs, in words."""
-        told = (await self.call.get("/server_info")).get("internal_states") or [{}]
-        memory = told[0].get("memory_usage")
-        if not memory:
+        if not self.memory:
             return f"SGLang {self.release}"
-        weights, cache, tokens = (memory[key] for key in ("weight", "kvcache", "token_capacity"))
+        weights, cache, tokens = (self.memory[key] for key in ("weight", "kvcache", "token_capacity"))
         return f"SGLang {self.release}: {weights:.1f} GB of weights, {cache:.1f} GB of cache for {tokens:,} tokens"
 
     async def end(self) -> None:
@@ -70,7 +74,9 @@ async def launch(command: Sequence[str], host: str, timeout_s: float) -> Live:
                     raise EngineError(f"the SGLang server is not well after {timeout_s:g} s{process.last_words()}")
                 await asyncio.sleep(LOOK_S)
             told = await call.get("/server_info")  # its scheduler answers this one, not the web server alone
-            return Live(process, url, mark, call, await _has_sessions(call), str(told.get("version", "?")))
+            [state, *_] = told.get("internal_states") or [{}]
+            release, memory = str(told.get("version", "?")), state.get("memory_usage") or {}
+            return Live(process, url, mark, call, await _has_sessions(call), release, memory)
         except BaseException as error:
             process.kill()
             await call.close()

@@ -13,6 +13,7 @@ from . import wire
 from .calls import Silent, Unreachable
 from .launch import Live, launch
 from .process import own_address
+from .turns import Turns
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
 AGAIN_S = 2.0  # between two of them
@@ -41,6 +42,7 @@ class SGLangEngine:
         backend: str = "nccl",
         vocab: int = 0,
         turns: bool = False,
+        may_stay: bool = True,
         hang_s: float = 60.0,
         command: tuple[str, ...] = (),
         host: str = "",
@@ -50,9 +52,9 @@ class SGLangEngine:
         ``start_timeout_s``: for the server to start and to load its weights. ``timeout_s``: to load a bucket, or to
         meet the others of a group. ``backend`` of these groups. ``vocab``: tokens the model has, 0 when that is not
         known. ``turns``: trainers use the same GPUs; the server has no memory there from ``begin_update`` on, and takes
-        it again as weights arrive. ``hang_s``: a scheduler that says nothing for so long, though it was told to do
-        nothing long, hangs. ``command`` starts the server, where that is not the stock one of
-        this interpreter; ``host`` is where it listens, where that is not this machine's own address.
+        it again as weights arrive, but where both fit and it ``may_stay``. ``hang_s``: a scheduler that says nothing
+        for so long, though it was told to do nothing long, hangs. ``command`` starts the server, where that is not the
+        stock one of this interpreter; ``host`` is where it listens, where that is not this machine's own address.
         """
         self._command = (*(command or (sys.executable, "-m", "sglang.launch_server")), *words)
         self._host, self._backend, self._vocab = host or own_address(), backend, vocab
@@ -63,7 +65,7 @@ class SGLangEngine:
         self._refusal = ""  # why no request may be served
         self._paused = False
         self._session: Live | None = None  # the server that is being updated
-        self._turns, self._asleep = turns, False  # asleep: without weights and cache
+        self._turns = Turns(turns, may_stay)
         self._turning = asyncio.Lock()  # falls asleep or wakes up
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
@@ -144,23 +146,20 @@ class SGLangEngine:
 
         Waits for a server that is starting. Requests in flight wait too and go on with the new weights; 0.5.16, which
         would keep what it computed for them with the old ones, has them come back aborted instead (see ``aborted``).
-        Where trainers use the same GPUs its memory is theirs until the first ``load``. Asked twice, it waits once.
+        Where trainers use the same GPUs its memory is theirs until the first ``load``, unless both fit: see ``stay``.
+        Asked twice, it waits once.
         """
         async with self._turning:
             live = await self._live()
             if self._session is live:
                 return
-            self._loads, self._asleep = 0, False
+            self._loads = 0
             if not live.sessions:
                 await self._unpin(live)
                 await self._long(live, "/pause_generation", {"mode": "abort"})
             # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush later.
             await live.call.repeat("/pause_generation", {"mode": "retract"})
-            if self._turns:
-                await self.release(["kv_cache", "weights"])
-                self._asleep = True
-            else:
-                await self._open(live)
+            await (self.release(["kv_cache", "weights"]) if self._turns.begin() else self._open(live))
             self._session = live
 
     async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
@@ -173,14 +172,18 @@ class SGLangEngine:
         self._loads += 1
         try:
             async with self._turning:
-                if self._asleep:
+                if self._turns.asleep:
                     await self.restore(["weights"])
                     await self._open(live)
-                    self._asleep = False
+                    self._turns.asleep = False
             await self._long(live, path, body)
         except EngineError as error:
             raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
         return {}
+
+    async def stay(self, room: int) -> bool:
+        """Whether it keeps its memory from the next ``begin_update`` on, as ``Turns.stay`` decides by ``room``."""
+        return self._turns.stay(room, (await self._live()).size)
 
     async def _open(self, live: Live) -> None:
         if live.sessions:
@@ -201,7 +204,7 @@ class SGLangEngine:
                 await self._long(live, "/end_weight_update")
             if version == 0 and self._disk is not None:
                 wire.compare(self._disk, await self.checksums())
-            if self._turns:
+            if self._turns.slept:
                 await self.restore(["kv_cache"])
             await live.call.repeat("/flush_cache")
             stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
@@ -218,7 +221,7 @@ class SGLangEngine:
         live, self._session = self._session, None
         if live is None or not self._is_current(live):
             return
-        if not (self._loads or self._asleep):
+        if not (self._loads or self._turns.asleep):
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     if live.sessions:
@@ -226,7 +229,7 @@ class SGLangEngine:
                     if not self._paused:
                         await self._go_on(live)
                 return
-        self._replace(live, "an update of its weights was cut short", stale=bool(self._loads or self._asleep))
+        self._replace(live, "an update of its weights was cut short", stale=bool(self._loads or self._turns.asleep))
 
     async def join(self, address: str, port: int, rank_offset: int, world: int, name: str) -> None:
         """Enter the group ``name`` of ``world`` ranks that meets at ``address``, as ranks ``rank_offset`` and up.
@@ -266,7 +269,7 @@ class SGLangEngine:
         live = await self._live()
         with suppress(EngineError):  # 0.5.16 has no checksums without a GPU
             self._disk = await self.checksums()
-        return await live.has()
+        return live.has()
 
     # -- memory --------------------------------------------------------------------------------------------------
 
