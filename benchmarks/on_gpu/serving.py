@@ -20,6 +20,7 @@ from miles_core.edges.cluster.session import Session
 from miles_core.edges.protocols import Completion, Request, Sampling, Worker
 from miles_core.edges.sglang import SGLang, wire
 from miles_core.edges.sglang.client import SGLangClient
+from miles_core.edges.sharing import HERE
 from miles_core.packing import Packed
 
 from .models import SHAPES, copy_seconds, forget, rank, run_of, write
@@ -175,16 +176,17 @@ async def logprobs(client: SGLangClient, miles: Miles, folder: Path, vocab: int)
 
 
 async def sync(
-    client: SGLangClient, worker: Worker, miles: Miles, transport: Any, vocab: int, syncs: int = SYNCS
+    client: SGLangClient, worker: Worker, miles: Miles, transport: Any, vocab: int, first: int, kept: bool
 ) -> Row:
-    """As a step of a colocated run moves weights: the engine falls asleep, the trainer trains, the weights move.
+    """As a step of a colocated run moves weights: the engine stops, the trainer trains, the weights move.
 
-    Timed are the falling asleep and, after the training, everything from the first tensor until the engine serves.
+    Timed are the stopping and, after the training, everything from the first tensor until the engine serves. Either
+    both keep their memory all along, or each gives it up for the other; ``first`` is the first version to send.
     """
     transport.connect([worker], miles.model.layout)
     assert miles.model._turns  # it shares its GPU with the engine
-    parts, size = [], 0.0
-    for version in range(syncs + 1):
+    parts, size, last = [], 0.0, first + SYNCS + 1
+    for version in range(first, last + 1):
         began = time.perf_counter()
         await worker.call("begin_update")
         asleep = time.perf_counter() - began
@@ -192,30 +194,35 @@ async def sync(
         torch.cuda.synchronize()
         began = time.perf_counter()
         await worker.call("begin_update")  # as the loop does, which need not know that it is asleep
+        HERE.trained = kept  # without a training to go by the engine does not stay
         miles.model._turns.rest()  # which ``export`` would do
         rests = time.perf_counter()
         size = transport.send(miles.model.export(), verify=False)["bytes"]
         sent = time.perf_counter()
-        await worker.call("end_update", version + 1)
+        await worker.call("end_update", version)
         parts.append((asleep, rests - began, sent - rests, time.perf_counter() - sent))
     [completion] = await client.generate(requests(prompts(7, vocab, 1), 8))
-    if set(completion.versions) != {syncs + 1}:
-        raise ValueError(f"the engine serves version {completion.versions}, not {syncs + 1}")
-    parts = parts[1:]  # the first one allocates the buckets
+    if set(completion.versions) != {last}:
+        raise ValueError(f"the engine serves version {completion.versions}, not {last}")
+    if HERE.stays != kept:
+        raise ValueError(
+            f"memory is {'kept' if HERE.stays else 'given up'} in the syncs that were to show the opposite"
+        )
+    parts = parts[2:]  # the first one allocates the buckets, and only then it is known whether both fit
     whole = statistics.median(sum(part) for part in parts) * 1e3
     told = [f"{1e3 * statistics.median(side):.1f}" for side in zip(*parts, strict=True)]
     best = copy_seconds(int(size)) * 1e3
     return Row(
         "sync",
-        f"weight sync, colocated, {size / 1e9:.2f} GB, everything included",
+        f"weight sync, colocated, {size / 1e9:.2f} GB, memory {'kept' if kept else 'given up'}, everything included",
         whole,
         "ms",
         best,
         "device-to-device copy",
         whole / best,
-        f"under {BAR_SYNC_MS:g} ms",
-        whole < BAR_SYNC_MS,
-        f"medians of {syncs}: falls asleep {told[0]}, trainer rests {told[1]}, weights {told[2]}, "
+        f"under {BAR_SYNC_MS:g} ms" if kept else "",
+        whole < BAR_SYNC_MS if kept else None,
+        f"medians of {SYNCS}: the engine stops {told[0]}, trainer rests {told[1]}, weights {told[2]}, "
         f"serves again {told[3]} ms",
     )
 
@@ -235,7 +242,8 @@ async def measure(names: list[str], work: Path, table: dict[str, Any], report: R
             report(await logprobs(client, miles, folder, vocab))
         if "sync" in names:
             transport = plugin.miles_transport()
-            report(await sync(client, worker, miles, transport, vocab))
+            for i, kept in enumerate((True, False)):
+                report(await sync(client, worker, miles, transport, vocab, 1 + i * (SYNCS + 2), kept))
             transport.close()
 
 

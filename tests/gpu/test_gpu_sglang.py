@@ -19,6 +19,7 @@ from engine_cases import Served, apart, assert_whole, group, serving
 from gpu_cases import SHAPE, Trainer, free, pack, run_of, sequences, trainer, until
 from miles_core.edges.protocols import EngineError, TransportError
 from miles_core.edges.sglang.handles import HandleTransport
+from miles_core.edges.sharing import HERE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
@@ -162,6 +163,30 @@ def test_a_step_changes_what_is_sampled(served: Served, one: Trainer, transport:
     new = served.generate(requests)
     assert_whole(requests, new, served.version)
     assert apart(one, requests, new) < APART < 5 * APART < apart(one, requests, old)
+
+
+def never_stays(served: Served, one: Trainer, transport: HandleTransport) -> None:
+    """From the next training on, the engine gives its memory up."""
+    HERE.trained = False
+    push(served, one, transport, served.version + 1)
+    assert not HERE.stays
+
+
+def test_both_keep_their_memory_where_they_fit(served: Served, one: Trainer, transport: HandleTransport) -> None:
+    never_stays(served, one, transport)
+    left, requests = [], group(80, 4, 32)
+    for _ in range(2):  # what is known of the first training decides on the second
+        served.ask("begin_update")
+        left.append(free())
+        one.learn([pack(sequences((400, 300), SHAPE["vocab_size"]))])
+        one.model.step(lambda norm: None)
+        push(served, one, transport, served.version + 1)
+        assert HERE.stays
+    assert left[0] - left[1] > 1 << 30
+    completions = served.generate(requests)
+    assert_whole(requests, completions, served.version)
+    assert apart(one, requests, completions) < APART
+    never_stays(served, one, transport)
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
