@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu
     python benchmarks/gpu.py --only rollout sync
 
-writes ``gpu.md`` and ``gpu.json``, anew after every process. Rows that need the same model or server share one. When a
-row fails it is said in its place, and those that it kept from being measured go on in another process. Models have
-random weights; nothing is fetched.
+writes ``gpu.md`` and ``gpu.json``, anew after every row; rows found there that are not measured now stay. Those that
+need the same model or server share a process. When a row fails it is said in its place, and those that it kept from
+being measured go on in another process. Models have random weights; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from on_gpu.table import Report, Row, line, read, reporter, write
+from on_gpu.table import Report, Row, known, line, read, reporter, write
 
 SGLANG = Path(__file__).parents[1] / "tests" / "gpu" / "sglang.toml"  # with which kernels a server runs offline
 
@@ -52,6 +52,8 @@ JOBS = {
     "layouts": Job(("split",), 700, gpus=2),
 }
 ROWS = [row for job in JOBS.values() for row in job.rows]
+LOOK_S = 1.0  # between two looks at what a process has reported
+Keep = Callable[[list[Row]], None]
 
 
 def measure(name: str, rows: list[str], work: Path, sglang: Path, report: Report) -> None:
@@ -72,18 +74,21 @@ def measure(name: str, rows: list[str], work: Path, sglang: Path, report: Report
     doing[name]()
 
 
-def ask(name: str, rows: list[str], work: Path, sglang: Path) -> tuple[list[Row], str]:
-    """What a process of its own reports of a job, and why it ended early, if it did."""
+def ask(name: str, rows: list[str], work: Path, sglang: Path, keep: Keep) -> tuple[list[Row], str]:
+    """What a process of its own reports of a job, and why it ended early, if it did. ``keep`` is told meanwhile."""
     told, errors = (work / f"{name}-{time.time_ns()}.{kind}" for kind in ("jsonl", "log"))
     command = [sys.executable, str(Path(__file__).absolute()), "--job", name, "--only", *rows]
     command += ["--work", str(work), "--sglang", str(sglang), "--report", str(told)]
     why = ""
     with errors.open("w") as file:  # no pipe: what a job leaves behind might hold it open
         process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        deadline = time.monotonic() + JOBS[name].limit_s
         try:
-            status = process.wait(JOBS[name].limit_s)
-        except subprocess.TimeoutExpired:
-            status, why = 0, f"not done within {JOBS[name].limit_s:g} s"
+            while (status := process.poll()) is None and time.monotonic() < deadline:
+                time.sleep(LOOK_S)
+                keep(read(told))
+            if status is None:
+                why = f"not done within {JOBS[name].limit_s:g} s"
         finally:
             with suppress(ProcessLookupError):  # with all that it started
                 os.killpg(process.pid, signal.SIGKILL)
@@ -96,15 +101,16 @@ def ask(name: str, rows: list[str], work: Path, sglang: Path) -> tuple[list[Row]
     return read(told), why
 
 
-def finish(name: str, wanted: list[str], work: Path, sglang: Path) -> list[Row]:
-    """Every wanted row of a job: what keeps one from being measured keeps no other.
+def finish(name: str, wanted: list[str], work: Path, sglang: Path, keep: Keep) -> list[Row]:
+    """Every wanted row of a job: what keeps one from being measured keeps no other. ``keep`` is told of those so far.
 
     Where two processes in a row report nothing, the others are given up, too.
     """
     done: list[Row] = []
     left, barren = [row for row in JOBS[name].rows if row in wanted], 0
     while left:
-        rows, why = ask(name, left, work, sglang)
+        before = done
+        rows, why = ask(name, left, work, sglang, lambda found, before=before: keep(before + found))
         done, barren = done + rows, 0 if rows else barren + 1
         reported = [row for row in left if row in {found.name for found in rows}]
         left = [row for row in left if row not in reported]
@@ -154,11 +160,20 @@ def main() -> None:
 
 
 def table(only: list[str], work: Path, sglang: Path, out: Path | None) -> None:
-    """Job after job; what is known so far is on disk after each."""
+    """Job after job; what is known so far is on disk after each row."""
     import torch
 
     rows: list[Row] = []
     where = machine()
+    before = known(out, where) if out else []
+
+    def keep(more: list[Row]) -> None:
+        if out:
+            new = rows + more
+            measured = {row.name for row in new}
+            whole = new + [row for row in before if row.name not in measured]
+            write(out, sorted(whole, key=lambda row: ROWS.index(row.name)), where)
+
     for name, job in JOBS.items():
         wanted = [row for row in job.rows if row in only]
         if not wanted:
@@ -166,9 +181,8 @@ def table(only: list[str], work: Path, sglang: Path, out: Path | None) -> None:
         if torch.cuda.device_count() < job.gpus:
             rows += [Row(row, f"{row}: not measured", note="needs two GPUs") for row in wanted]
         else:
-            rows += finish(name, wanted, work, sglang)
-        if out:
-            write(out, rows, where)
+            rows += finish(name, wanted, work, sglang, keep)
+        keep([])
     print("\n" + "\n".join(map(line, rows)))
 
 

@@ -13,7 +13,7 @@ from .table import Report, Row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic"
 MILES = [sys.executable, "-c", "from miles_core.cli import main; main()"]
-STEPS, WARM = 16, 4  # of a run; the first ones find kernels and memory
+STEPS, WARM = 14, 4  # of a run; the first ones find kernels and memory
 SAMPLES = 64 * 16  # a step: groups of gpu.toml, attempts of run.toml
 BAR = 0.08
 PARTS = ("step", "sample", "reward", "train", "sync", "other")

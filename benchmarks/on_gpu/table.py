@@ -62,6 +62,18 @@ def markdown(rows: Sequence[Row], machine: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def known(out: Path, machine: dict[str, str]) -> list[Row]:
+    """What is in ``out``.json, if anything. Raises SystemExit where that is of another machine or other versions."""
+    path = out.with_suffix(".json")
+    if not path.exists():
+        return []
+    told = json.loads(path.read_text())
+    if apart := [key for key in told["machine"] | machine if told["machine"].get(key) != machine.get(key)]:
+        if apart != ["GPUs"]:
+            raise SystemExit(f"{path} was measured with other {', '.join(apart)}; give another --out")
+    return [Row(**row) for row in told["rows"]]
+
+
 def write(out: Path, rows: Sequence[Row], machine: dict[str, str]) -> None:
     """``out``.md and ``out``.json, whole after every row, so that a run cut short keeps what it has."""
     out.parent.mkdir(parents=True, exist_ok=True)
