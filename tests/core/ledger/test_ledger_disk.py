@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -154,6 +156,52 @@ def test_an_interrupt_while_it_waits_leaves_no_half_record(tmp_path, monkeypatch
     assert ledger.path.read_bytes() == data and ledger.cursor == 0
     ledger.lease([1], "a")
     assert ledger.position == 1
+
+
+WAITS = """
+import asyncio, errno, os, signal, sys
+from pathlib import Path
+from miles_core.edges.store.ledger import Ledger, disk
+
+disk.PAUSE = 0.02
+
+async def run():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    ledger = Ledger(Path(sys.argv[1]), "one", lambda text: print(text, flush=True))
+    ledger.lease([1], "a")
+    def full(handle, data, at):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    os.pwrite = full
+    try:
+        ledger.queue([1])
+    except asyncio.CancelledError:
+        print("cancelled", flush=True)
+        try:
+            ledger.lease([2], "a")
+        except asyncio.CancelledError:
+            print("and again", flush=True)
+        raise
+
+asyncio.run(run())
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_waits_for_room(tmp_path, sent):
+    """As the driver holds it: an event loop whose handler would only hear of it at the loop's next turn."""
+    command = [sys.executable, "-c", WAITS, str(tmp_path / "ledger")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert "the run waits until there is room" in process.stdout.readline()
+            time.sleep(0.1)
+            process.send_signal(sent)
+            said, why = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert said.splitlines()[0] == "cancelled" and said.splitlines()[-1] == "and again" and process.returncode, why
+    ledger = open_ledger(tmp_path, said := [])
+    assert ledger.where(1) == ("worker", "a") and ledger.position == 1 and not said
+    ledger.close()
 
 
 def test_nothing_but_sync_waits_for_the_disk(tmp_path, monkeypatch):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ....types import Refused
 
@@ -20,6 +24,7 @@ class Disk:
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self.end, self._say = path, 0, say
+        self._ending = False  # the run was told to end while the disk was full
         self._named = False  # on the disk itself: a synced file is lost with an unsynced name
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._loose = bytearray()  # written, not synced: after a failed fsync the kernel may have forgotten it
@@ -82,18 +87,61 @@ class Disk:
         self._insist(rest)
 
     def _insist(self, act: Callable[[bool], None]) -> None:
-        """``act(False)``; while the disk is full ``act(True)``, every second, until it is not."""
-        began = 0.0
-        while True:
-            try:
-                act(began > 0)
-                break
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise OSError(error.errno, error.strerror, str(self.path)) from error
-                if not began:
-                    began = time.monotonic()
-                    self._say(f"{self.path}: {error.strerror}; the run waits until there is room")
+        """``act(False)``; while the disk is full ``act(True)``, every second, until it is not.
+
+        Raises CancelledError, as where a run is cancelled, when SIGINT or SIGTERM comes meanwhile.
+        """
+        try:
+            act(False)
+            return
+        except OSError as error:
+            self._refuse(error)
+            began = time.monotonic()
+            self._say(f"{self.path}: {error.strerror}; the run waits until there is room")
+        with _told() as told:
+            while True:
+                if told or self._ending:
+                    self._ending = True  # what else the run would write before it is gone does not wait once more
+                    self._end()
                 time.sleep(PAUSE)
-        if began:
-            self._say(f"{self.path}: there is room again after {time.monotonic() - began:.0f} s; the run goes on")
+                try:
+                    act(True)
+                    break
+                except OSError as error:
+                    self._refuse(error)
+        self._say(f"{self.path}: there is room again after {time.monotonic() - began:.0f} s; the run goes on")
+
+    def _refuse(self, error: OSError) -> None:
+        if error.errno not in FULL:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _end(self) -> None:
+        from asyncio import CancelledError  # here, since `miles status` is quicker without
+
+        raise CancelledError(f"{self.path}: the run was told to end while it waited for room")
+
+
+@contextmanager
+def _told() -> Iterator[list[int]]:
+    """Signals to end that came meanwhile, in the main thread.
+
+    An event loop hears of SIGTERM only at its next turn, and it gets none while its thread waits here. Its own handler
+    is called all the same. One that is not Python's ends the process by itself, or is meant to be ignored.
+    """
+    told: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in found.items() if callable(handler)}
+
+    def hear(number: int, frame: Any) -> None:
+        told.append(number)
+        before[number](number, frame)
+
+    try:
+        for number in before:
+            signal.signal(number, hear)
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
