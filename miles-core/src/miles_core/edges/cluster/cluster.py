@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .host import Host, Place
 from .session import Session
 
 CALLS = 10_000  # under way at once in one process
+STARTS = 3  # of one process, where each dies before its object is built
 
 
 class RayCluster:
@@ -33,6 +35,12 @@ class RayCluster:
 
     async def start(self, process: Process) -> Any:
         await self._session.answer(self._start_timeout)
+        for _ in range(STARTS - 1):
+            with suppress(WorkerDied):  # nobody knew it yet: another one takes its place unnoticed
+                return await self._begin(process)
+        return await self._begin(process)
+
+    async def _begin(self, process: Process) -> Any:
         from .worker import RayWorker
 
         if self._session.local and (shortage := _shortage(process)):
