@@ -60,7 +60,8 @@ def rate(data: Path, mode: str, staleness: int, seed: int, args: Any) -> dict[st
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(action="ignore"):
         from miles_core.loop.driver import train
 
-        folder = Path(temporary) / "run"
+        folder = (args.keep or Path(temporary)).resolve() / f"{mode}-{staleness}-{seed}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
         asyncio.run(
             train(assemble(Source([], keys(data, folder, mode, staleness, seed, args))).at(folder), folder, False)
         )
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64, help="requests the engine serves at once")
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of a response's length")
     parser.add_argument("--train-s", dest="train_s", type=float, default=0.25, help="seconds of a training step")
+    parser.add_argument("--keep", type=Path, help="a folder in which the runs stay, with their traces")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
@@ -104,7 +106,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         told = {
-            "settings": {k: v for k, v in vars(args).items() if k != "out"},
+            "settings": {k: v for k, v in vars(args).items() if k not in ("out", "keep")},
             "runs": found,
             "at": time.strftime("%F"),
         }

@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from grpo_cases import plugin
+from miles_core.commands import explain
 from miles_core.config import RunConfig
 from miles_core.contract import check
 from miles_core.edges.toml import Source
+from miles_core.testing.runs import write_tiny
 from miles_core.types import Column, Role
 from miles_plugin_grpo import GRPO
 from miles_plugin_grpo.config import VARIANTS
@@ -124,6 +127,20 @@ def test_the_plan_shows_every_key_as_the_file_would_spell_it():
     text = plugin(variant="dapo", kl=0.01).miles_explain()
     assert 'aggregate = "token"\ndynamic_sampling = true' in text["grpo"]
     assert "frozen copy" in text["grpo's reference model"]
+
+
+def test_explain_tells_a_variant_s_defaults_from_plain_ones_and_from_what_was_written(tmp_path):
+    write_tiny(tmp_path)
+    (tmp_path / "run.toml").write_text(
+        'algorithm = "grpo"\nsteps = 1\nmodel.path = "model"\ndata.train = "train.jsonl"\n'
+        'reward.positions.weight = 1.0\nrollout.max_tokens = 4\n[grpo]\nvariant = "dr_grpo"\n'
+    )
+    done = CliRunner().invoke(explain.command, [str(tmp_path / "run.toml"), "--set", "grpo.clip_high=0.3"])
+    assert done.exit_code == 0, done.output
+    told = dict(line.split(None, 1) for line in done.output.splitlines())
+    assert told["grpo.clip_low"].split() == ["0.2", "default"]
+    assert told["grpo.aggregate"].split(None, 1) == ["constant", "follows from another key of [grpo]"]
+    assert "--set grpo.clip_high=0.3" in told["grpo.clip_high"]
 
 
 def test_every_hook_is_one_that_miles_calls():

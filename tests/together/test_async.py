@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -60,6 +61,20 @@ def test_no_token_is_older_than_was_said(go: Any, runs: Any, weights: str) -> No
     stale = [row["staleness/max"] for row in rows if row["step"]]
     assert len(stale) == 12 and max(stale) <= 2 and max(stale) > 0
     assert f"{12 * 8} trained" in audited(runs, f"stream-{weights}")
+    if weights != "drain":
+        training, still = (
+            spans(runs.folder / f"stream-{weights}", *what) for what in (("trainer", "train"), ("engine", "sync"))
+        )
+        shared = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in training for b in still)
+        assert training and still and shared < 0.2 * sum(ended - began for began, ended in training)
+
+
+def spans(run: Path, process: str, doing: str) -> list[tuple[float, float]]:
+    """When processes of this kind began and ended to do this."""
+    events = json.loads((run / "trace.json").read_text())
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    found = [e for e in events if e["ph"] == "X" and e["name"] == doing and names[e["pid"]].startswith(process)]
+    return [(event["ts"], event["ts"] + event["dur"]) for event in found]
 
 
 def ray_process(name: str, driver: int) -> int | None:

@@ -113,8 +113,8 @@ def test_a_role_is_told_its_share_of_all_its_processes():
 @pytest.mark.parametrize(
     "keys, waited, flying, said",
     [
-        ({"mode": "async"}, 0.4, 16.0, "engines are the slower side; give them more (placement.engines = 1)"),
-        ({"mode": "async"}, 0.01, 3.0, "training is the slower side; give it more (placement.trainers = 1)"),
+        ({"mode": "async"}, 0.4, 16.0, "engines are the slower side; give them more (now placement.engines = 1)"),
+        ({"mode": "async"}, 0.01, 3.0, "training is the slower side; give it more (now placement.trainers = 1)"),
         ({"mode": "async"}, 0.01, 14.0, ""),
         ({"mode": "async"}, 0.1, 3.0, ""),
         ({"mode": "overlap"}, 0.4, 8.0, "engines are the slower side"),

@@ -31,13 +31,13 @@ from .rollouts import Rollouts
 
 Ready = tuple[list[Group], dict[str, float], Any]  # a step's groups, their metrics, and what the ranks train on
 Trained = tuple[dict[str, float], list[Group], float]  # metrics of a step, its groups, and when that was done
+Moved = tuple[dict[str, float], float, float]  # metrics, when engines could stand still, and when they served again
 
 
 async def train(manifest: Manifest, run_dir: Path, resume: bool) -> None:
     """Run to the last step. Raises what ended the run; every process started here is gone by then."""
-    current = asyncio.current_task()
-    assert current is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)  # ends like Ctrl-C
+    if current := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)  # ends like Ctrl-C
     hooks = manifest.registry("driver")
     store: Store = hooks.store(run_dir=run_dir)
     if aside := store.claim(resume):
@@ -126,7 +126,7 @@ class Loop:
             last = step == self.run.steps
             self.next = None if last else asyncio.ensure_future(self.gather(step + 1))
             saves = self.due(self.run.checkpoint.every, step) or last
-            moving = asyncio.ensure_future(self.move(step, goes_on=not saves))
+            moving = asyncio.ensure_future(self.move(step, training, goes_on=not saves))
             (metrics, groups, trained), (moved, rested, served) = await both(training, moving)
             waited = max(fed - max(told, free), 0.0) + max(rested - trained, 0.0)
             metrics |= moved | {"time/sync": max(served - max(rested, trained), 0.0), "weight_version": float(step)}
@@ -160,15 +160,18 @@ class Loop:
         groups, metrics, packed = ready
         return metrics | await self.fleet.train(step, packed), groups, time.perf_counter()
 
-    async def move(self, step: int, goes_on: bool) -> tuple[dict[str, float], float, float]:
-        """Have the step's weights sent, behind its training, to engines at rest, and then the next step trained."""
+    async def move(self, step: int, training: asyncio.Task[Trained], goes_on: bool) -> Moved:
+        """Have the step's weights sent, behind its training, and then the next step trained."""
 
         def sent() -> None:
             if goes_on and not self.ahead and self.next and self.next.done() and not self.next.exception():
                 now, ready = time.perf_counter(), self.next.result()
                 self.ahead = now, asyncio.ensure_future(self.train(step + 1, ready))
 
-        await self.rollouts.rest()
+        if self.run.mode == "async" and self.run.rollout.weights != "drain":
+            await asyncio.wait([training])  # engines stand still from when weights move, and there are none before
+        else:
+            await self.rollouts.rest()
         rested = time.perf_counter()
         return await self.fleet.push(verify=False, sent=sent), rested, time.perf_counter()
 
@@ -188,9 +191,8 @@ class Loop:
         if not groups:
             raise Refused("eval.every is set, but there are no held-out prompts")
         groups = await self.rollouts.evaluate(groups)
-        metrics: dict[str, float]
         if self.run.placement.engines:
-            metrics = self.hooks.metrics(step=step, groups=groups, evaluating=True)
+            metrics: dict[str, float] = self.hooks.metrics(step=step, groups=groups, evaluating=True)
             self.hooks.evaluated(step=step, groups=groups, metrics=metrics)
         else:
             self.score(groups)

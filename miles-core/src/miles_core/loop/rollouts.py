@@ -210,9 +210,7 @@ class Rollouts:
             await self._tell()
 
     async def rest(self) -> None:
-        """Wait until weights may move."""
-        if self.admission.streaming and self.run.rollout.weights != "drain":
-            return
+        """Wait until nothing is under way, and nothing will be before weights move."""
         self.admission.draining = True
         await self._until(lambda: self.admission.rests)
 

@@ -79,11 +79,14 @@ def advice(history: History, run: RunConfig) -> tuple[str, str]:
     )
     more = "more" if place.layout == "cpu" else "more GPUs"
     if waited >= WAITS:
-        return "engines", f"{told}: engines are the slower side; give them {more} (placement.engines = {place.engines})"
+        return (
+            "engines",
+            f"{told}: engines are the slower side; give them {more} (now placement.engines = {place.engines})",
+        )
     if waited < WAITS / 5 and flying < RESTS * ahead:
         return (
             "training",
-            f"{told}: training is the slower side; give it {more} (placement.trainers = {place.trainers})",
+            f"{told}: training is the slower side; give it {more} (now placement.trainers = {place.trainers})",
         )
     return "", ""
 
