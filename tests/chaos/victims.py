@@ -12,7 +12,7 @@ REWARD, LEASH = b"miles_core.edges.reward.child", b"cluster/leash.py"
 
 
 def processes(marker: Path, driver: int) -> dict[str, list[int]]:
-    """Process ids by kind, of all that ``marker`` is named in: command line, environment or working folder.
+    """Process ids by kind, of all in whose environment or working folder ``marker`` is named.
 
     ``ray`` are Ray's own, its daemons, agents and idle workers; ``leash`` is who cleans up after a killed driver.
     """
@@ -20,11 +20,9 @@ def processes(marker: Path, driver: int) -> dict[str, list[int]]:
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()):
         with suppress(OSError):
             line, state = Path(f"/proc/{pid}/cmdline").read_bytes(), Path(f"/proc/{pid}/stat").read_text()
-            told = line + Path(f"/proc/{pid}/environ").read_bytes() + os.readlink(f"/proc/{pid}/cwd").encode()
-            mine = str(marker).encode() in told and (
-                pid == driver or b"/miles\0run" not in line
-            )  # or about to be another
-            if mine and state.rpartition(")")[2].split()[0] != "Z":
+            told = Path(f"/proc/{pid}/environ").read_bytes() + os.readlink(f"/proc/{pid}/cwd").encode()
+            forked = pid != driver and b"/miles\0run" in line  # and about to be something else
+            if str(marker).encode() in told and not forked and state.rpartition(")")[2].split()[0] != "Z":
                 found.setdefault("driver" if pid == driver else _kind(line), []).append(pid)
     return found
 

@@ -133,8 +133,13 @@ class RayCluster:
 
 
 def _shortage(process: Process) -> str:
-    """Why no machine of the cluster could ever hold the process, or ""; Ray itself would wait for ever."""
+    """Why no machine of the cluster could ever hold the process, or ""; Ray itself would wait for ever.
+
+    Raises WorkerDied where there is no machine.
+    """
     nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+    if not nodes:
+        raise WorkerDied(f"{process.name} cannot be started: Ray's own processes died")
     asked = {"CPU": process.cpus, "GPU": process.gpus}
     if any(all(has.get(what, 0) >= n for what, n in asked.items()) for has in nodes):
         return ""
