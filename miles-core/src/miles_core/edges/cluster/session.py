@@ -26,7 +26,8 @@ from . import leash
 
 # Processes here run in workers of their own making: a pool started ahead is a second of two cores' time for nothing.
 # By default workers give way to whatever else the machine does (niceness 15): a training run is what it does.
-SYSTEM = {"enable_worker_prestart": False, "worker_niceness": 0}
+# Nobody starts Ray's control server again when it died: by default the driver waits a minute before Ray ends it.
+SYSTEM = {"enable_worker_prestart": False, "worker_niceness": 0, "gcs_rpc_server_reconnect_timeout_s": 10}
 # Ray reads these when it is imported. The message is Ray's own line on stdout about a dead worker, which comes on top
 # of the exception, and into the middle of a progress line.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing"}
