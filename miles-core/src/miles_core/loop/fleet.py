@@ -14,7 +14,7 @@ from ..packing import Unit, count, distribute, exchange, pack
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
 
-TRIES = 2  # to move weights, after the first
+TRIES = 4  # to move weights, before the last
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
 
 
@@ -81,14 +81,13 @@ class Fleet:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
         the training they were asked for before, and can be asked for more when ``sent`` is called. An engine that
         fails is replaced, and gets them with the others in another attempt."""
-        for tries in range(TRIES, -1, -1):
-            try:
-                async with self.pushing:  # a healed engine's and a step's would end each other's update
+        async with self.pushing:  # a healed engine's and a step's would end each other's update
+            for _ in range(TRIES):
+                try:
                     return await self._push(verify, sent)
-            except (WorkerDied, EngineError, TransportError):
-                if not (await self._replace() or tries):
-                    raise
-        raise AssertionError
+                except (WorkerDied, EngineError, TransportError):
+                    await self._replace()
+            return await self._push(verify, sent)
 
     async def _push(self, verify: bool, sent: Callable[[], None]) -> dict[str, float]:
         async with self.asking:
@@ -105,8 +104,9 @@ class Fleet:
 
     async def replace_rollout(self, i: int) -> None:
         """Another rollout worker in the place of one that is gone."""
-        args = (self.manifest, self.engines, self.spec.client)
-        self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
+        async with self.healing:  # or it would know engines that are being replaced
+            args = (self.manifest, self.engines, self.spec.client)
+            self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
 
     async def heal(self) -> None:
         """Replace engines that are gone, and give whole weights to those that lack them."""
