@@ -106,6 +106,15 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def keep(out: Path | None, results: dict[str, list[dict[str, float]]], loads: list[float]) -> None:
+    """After each round, so that a measurement which is cut short is not lost."""
+    if out:
+        about = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+        told = {"machine": about, "load": loads, "bar_s": BAR_S, "seconds": results}
+        out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        out.with_suffix(".md").write_text(table(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -120,13 +129,8 @@ def main() -> None:
             took.append(restart(mode))
             last = {phase: round(seconds, 1) for phase, seconds in took[-1].items()}
             print(f"{i + 1} of {args.repeats}, {mode}: {last}, load {loads[-1]:.1f}", flush=True)
-    text = table(results)
-    print("\nseconds from `miles run --resume`, medians\n\n" + text)
-    if args.out:
-        about = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-        told = {"machine": about, "load": loads, "bar_s": BAR_S, "seconds": results}
-        args.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(text)
+        keep(args.out, results, loads)
+    print("\nseconds from `miles run --resume`, medians\n\n" + table(results))
 
 
 if __name__ == "__main__":
