@@ -159,8 +159,8 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Tests that kill processes of real runs."""
-    marked(session, "chaos")
+    """A run under two hundred kills; `-- --seed 7` for others than those of seed 0. Takes some ten minutes."""
+    marked(session, "chaos", "tests/chaos")
 
 
 @nox.session
@@ -170,9 +170,9 @@ def gpu(session: nox.Session) -> None:
     session.run("pytest", "-m", "gpu", "tests/gpu", *session.posargs)
 
 
-def marked(session: nox.Session, marker: str) -> None:
+def marked(session: nox.Session, marker: str, *where: str) -> None:
     prepare(session, *editable(*PACKAGES), group="test")
-    session.run("pytest", *SPREAD, "-m", marker, *session.posargs, success_codes=[0, 5])  # 5: none bears it yet
+    session.run("pytest", *SPREAD, "-m", marker, *where, *session.posargs)
 
 
 @nox.session

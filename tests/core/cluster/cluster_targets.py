@@ -42,6 +42,18 @@ class OneWay:
         return _rebuild, ()
 
 
+class Stillborn:
+    """Dies while it is constructed, ``times`` times."""
+
+    def __init__(self, count, times):
+        count.write_text(count.read_text() + ".")
+        if len(count.read_text()) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def lives(self):
+        return True
+
+
 class Plain:
     """No async method: one thread for all of it."""
 

@@ -162,6 +162,17 @@ def test_death_is_noticed_at_once_with_its_last_words(cluster):
         worker.ask("echo", 1)
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_one_that_dies_while_it_starts_is_started_again(cluster, tmp_path, times):
+    (count := tmp_path / "starts").touch()
+    if times == 3:  # it always will
+        with pytest.raises(WorkerDied, match="stillborn-3 died during its constructor"):
+            start(cluster, "Stillborn", count, times, name="stillborn-3")
+    else:
+        assert asyncio.run(start(cluster, "Stillborn", count, times, name="stillborn-2").call("lives"))
+    assert len(count.read_text()) == 3
+
+
 def test_kill_fails_calls_under_way_and_frees_the_name(cluster):
     async def kill():
         worker = await cluster.start(Process("phoenix", "cluster_targets:Plain", cpus=0.1))

@@ -154,6 +154,20 @@ def test_a_pool_goes_on_after_a_kill(function):
     assert asyncio.run(both()) == {"mine": [1, 1]}
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_process_that_somebody_kills_costs_no_sample(function, tmp_path, whole):
+    """Two in a row, where a third one can score what they were at."""
+    (count := tmp_path / "deaths").touch()
+    last_words = "f.tell() < 2 and f.write('.') and (f.close() or os.kill(os.getpid(), 9))"
+    dies = f"with open({str(count)!r}, 'a') as f: {last_words}"
+    if whole:
+        table = function(f"{dies}\n    return [len(s.response) for s in group.samples]", "group")
+    else:
+        table = function(f"if sample.response == 'aa':\n        {dies}\n    return len(sample.response)")
+    assert score(table, group("a", "aa", "aaa"))["mine"] == [1, 2, 3]
+    assert count.read_text() == ".."
+
+
 def test_a_wrong_count_names_the_group(function):
     with pytest.raises(RewardError, match="reward mine, sample 7/0: gave 1 values for the 2 samples of group 7"):
         score(function("return [1.0]", "group"), group("a", "b"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..packing import Unit, count, distribute, exchange, pack
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
 
-TRIES = 2  # to move weights, after the first
+TRIES = 4  # to move weights, before the last
 ROLLOUT, RANK = "miles_core.loop.rollout:RolloutWorker", "miles_core.loop.rank:TrainingRank"
 
 
@@ -32,6 +33,7 @@ class Fleet:
     asked: int = 0  # the last step that the ranks were asked to train
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # until every rank is asked to train
     healing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    pushing: asyncio.Lock = field(default_factory=asyncio.Lock)
     replaced: list[tuple[str, str]] = field(default_factory=list)  # engines nobody was told of yet, and why
 
     @property
@@ -51,8 +53,7 @@ class Fleet:
         samples = [sample for units in updates for unit in units for sample in unit]
         drawn = not samples or any(max(sample.versions, default=-1) >= 0 for sample in samples)
         for units in updates:
-            counts = count(units)
-            rows = distribute(units, size, budget)
+            counts, rows = count(units), distribute(units, size, budget)
             payload.append([([pack(row, self.columns, drawn) for row in mine], counts) for mine in rows])
         return await self.cluster.share(payload)
 
@@ -62,9 +63,8 @@ class Fleet:
             if self.turns:
                 await everyone(self.engines, "begin_update")
             teams, given, self.asked = [self.ranks, *self.apart], await self._given(payload), step
-        return total(
-            self.layouts, await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
-        )
+        answers = await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
+        return total(self.layouts, answers)
 
     async def score(self, payload: Any) -> dict[str, float]:
         """The metrics of one update that nothing learns from."""
@@ -81,13 +81,13 @@ class Fleet:
         """Move the policy's weights to every engine; none serves until all of them have all of it. Ranks do so after
         the training they were asked for before, and can be asked for more when ``sent`` is called. An engine that
         fails is replaced, and gets them with the others in another attempt."""
-        for tries in range(TRIES, -1, -1):
-            try:
-                return await self._push(verify, sent)
-            except (WorkerDied, EngineError, TransportError):
-                if not (await self._replace() or tries):
-                    raise
-        raise AssertionError
+        async with self.pushing:  # a healed engine's and a step's would end each other's update
+            for _ in range(TRIES):
+                try:
+                    return await self._push(verify, sent)
+                except (WorkerDied, EngineError, TransportError):
+                    await self._replace()
+            return await self._push(verify, sent)
 
     async def _push(self, verify: bool, sent: Callable[[], None]) -> dict[str, float]:
         async with self.asking:
@@ -104,26 +104,27 @@ class Fleet:
 
     async def replace_rollout(self, i: int) -> None:
         """Another rollout worker in the place of one that is gone."""
-        args = (self.manifest, self.engines, self.spec.client)
-        self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
+        async with self.healing:  # or it would know engines that are being replaced
+            args = (self.manifest, self.engines, self.spec.client)
+            self.rollouts[i] = await self.cluster.start(Process(f"rollout-{i}", ROLLOUT, args, cpus=0.5))
 
     async def heal(self) -> None:
         """Replace engines that are gone, and give whole weights to those that lack them."""
         replaced = await self._replace()
-        states = await everyone(self.engines, "health")
-        if replaced or any(state.get("stale") for state in states):
+        states = await asyncio.gather(*(e.call("health") for e in self.engines), return_exceptions=True)
+        if replaced or any(isinstance(state, BaseException) or state.get("stale") for state in states):
             await self.push(verify=False)
 
     async def _replace(self) -> bool:
         """Whether there were engines to replace; ``replaced`` names them."""
         async with self.healing:
             states = await asyncio.gather(*(e.call("health") for e in self.engines), return_exceptions=True)
-            dead = {i: str(state) for i, state in enumerate(states) if isinstance(state, WorkerDied)}
-            for i, why in dead.items():
-                self.replaced.append((self.engines[i].name, why))
-                self.engines[i] = await self.cluster.start(self.spec.processes[i])
-            if dead:
-                await everyone(self.engines, "ready")
+            if dead := [i for i, state in enumerate(states) if isinstance(state, WorkerDied)]:
+                for i in dead:
+                    self.replaced.append((self.engines[i].name, str(states[i])))
+                    self.engines[i] = await self.cluster.start(self.spec.processes[i])
+                with suppress(WorkerDied):  # the push finds it dead
+                    await everyone(self.engines, "ready")
                 await everyone(self.ranks, "connect", self.engines)
                 await asyncio.gather(*(w.call("connect", self.engines) for w in self.rollouts), return_exceptions=True)
             return bool(dead)
@@ -159,5 +160,4 @@ async def start(manifest: Manifest, hooks: Registry, cluster: Cluster) -> Fleet:
     told = await everyone(trained, "connect", served) + await everyone(served, "ready")
     for text in dict.fromkeys(filter(None, told)):
         hooks.progress(text=text)
-    apart = [workers for workers, _ in others]
-    return Fleet(cluster, trained, layouts, served, rolling, apart, columns, turns, manifest, engines)
+    return Fleet(cluster, trained, layouts, served, rolling, [t for t, _ in others], columns, turns, manifest, engines)

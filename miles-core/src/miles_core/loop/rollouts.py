@@ -105,10 +105,10 @@ class Rollouts:
                 for rolled in await worker.call("collect"):
                     await self._came(worker.name, rolled)
             except WorkerDied as died:
-                lost = [id for id, (name, _) in self._flying.items() if name == worker.name]
+                await self.fleet.replace_rollout(i)
+                lost = [id for id, (name, _) in self._flying.items() if name == worker.name]  # until now, too
                 action = f"it is replaced; its {len(lost)} groups are sampled again"
                 self.hooks.failure(process=worker.name, error=str(died), action=action)
-                await self.fleet.replace_rollout(i)
                 await self._back(lost, f"{worker.name} died")
 
     async def _came(self, name: str, rolled: Rolled) -> None:

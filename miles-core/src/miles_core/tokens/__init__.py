@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from ..types import Message
 
 
+GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all that they are stands in tokenizer.json
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, from its files alone. Raises Refused where it cannot be read."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = folder / "tokenizer_config.json"
+        if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") in GENERIC:
+            from transformers import PreTrainedTokenizerFast as Tokenizer  # the other brings all models' configurations
+        else:
+            from transformers import AutoTokenizer as Tokenizer
+        return Tokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise Refused(f"model.path: the tokenizer in {folder} cannot be read: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .host import Host, Place
 from .session import Session
 
 CALLS = 10_000  # under way at once in one process
+STARTS = 3  # of one process, where each dies before its object is built
 
 
 class RayCluster:
@@ -33,6 +35,12 @@ class RayCluster:
 
     async def start(self, process: Process) -> Any:
         await self._session.answer(self._start_timeout)
+        for _ in range(STARTS - 1):
+            with suppress(WorkerDied):  # nobody knew it yet: another one takes its place unnoticed
+                return await self._begin(process)
+        return await self._begin(process)
+
+    async def _begin(self, process: Process) -> Any:
         from .worker import RayWorker
 
         if self._session.local and (shortage := _shortage(process)):
@@ -125,8 +133,13 @@ class RayCluster:
 
 
 def _shortage(process: Process) -> str:
-    """Why no machine of the cluster could ever hold the process, or ""; Ray itself would wait for ever."""
+    """Why no machine of the cluster could ever hold the process, or ""; Ray itself would wait for ever.
+
+    Raises WorkerDied where there is no machine.
+    """
     nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+    if not nodes:
+        raise WorkerDied(f"{process.name} cannot be started: Ray's own processes died")
     asked = {"CPU": process.cpus, "GPU": process.gpus}
     if any(all(has.get(what, 0) >= n for what, n in asked.items()) for has in nodes):
         return ""

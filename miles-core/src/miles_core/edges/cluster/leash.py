@@ -67,7 +67,9 @@ def main(folder: str) -> None:
     deadline = time.monotonic() + GRACE_S
     while any(born(pid) == since for pid, since in held) and time.monotonic() < deadline:
         time.sleep(0.01)
-    shutil.rmtree(folder, ignore_errors=True)
+    while os.path.isdir(folder) and time.monotonic() < deadline + GRACE_S:
+        shutil.rmtree(folder, ignore_errors=True)  # in vain where a process that is dying writes its log meanwhile
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

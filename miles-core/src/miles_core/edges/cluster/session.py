@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from ...types import Refused
+from ..protocols import WorkerDied
 from . import leash
 
 # Processes here run in workers of their own making: a pool started ahead is a second of two cores' time for nothing.
 # By default workers give way to whatever else the machine does (niceness 15): a training run is what it does.
-SYSTEM = {"enable_worker_prestart": False, "worker_niceness": 0}
+# Nobody starts Ray's control server again when it died: by default the driver waits a minute before Ray ends it.
+SYSTEM = {"enable_worker_prestart": False, "worker_niceness": 0, "gcs_rpc_server_reconnect_timeout_s": 10}
 # Ray reads these when it is imported. The message is Ray's own line on stdout about a dead worker, which comes on top
 # of the exception, and into the middle of a progress line.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed while executing"}
@@ -36,7 +39,7 @@ class Session:
     """Ray as this process sees it. A Ray that this process already uses is shared, and left running.
 
     ``options`` are those of ``ray.init``. ``ready`` is done once Ray answers; its exception is what hindered it,
-    Refused where the address is at fault.
+    Refused where the address is at fault, WorkerDied where a local Ray did not come up.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -95,9 +98,15 @@ class Session:
             options |= {"_temp_dir": str(self._leash.folder), "_system_config": SYSTEM}
         try:
             ray.init(**options)
-        except (ConnectionError, ValueError) as error:
-            what = "Ray did not start" if self.local else "no Ray to join; is one running there?"
-            raise Refused(f"ray.address = {self._options['address']!r}: {what} {error}") from error
+        except ValueError as error:
+            raise Refused(f"ray.address = {self._options['address']!r}: Ray did not start: {error}") from error
+        except Exception as error:
+            if self.local:  # one of its processes died, or found the machine too busy: no fault of what was asked for
+                raise WorkerDied(f"Ray did not come up on this machine: {error}") from error
+            if not isinstance(error, ConnectionError):
+                raise
+            address = self._options["address"]
+            raise Refused(f"ray.address = {address!r}: no Ray to join; is one running there? {error}") from error
         self.owned = True
         atexit.register(self.end)  # after Ray registered its own, hence asked before it
         if self._leash:
@@ -142,7 +151,8 @@ class _Leash:
         assert self._process.stdin
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.wait()
+        if self._process.wait():  # it was killed itself
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _is_raylet(pid: int) -> bool:

@@ -16,6 +16,7 @@ from .kinds import Base, Outcome
 
 PATIENCE_S = 0.5  # that a group waits for a free process before one more is started
 GRACE_S = 1.0  # beyond a sample's budget, before its process is taken to hang where no signal reaches it
+DEATHS = 3  # of processes in a row at one sample, before it is at fault, and not whoever killed them
 START_S = 120.0  # for a process to start and to import what its scorers need
 
 __all__ = ["Outcome", "Pool"]
@@ -40,12 +41,13 @@ class Pool:
         Where ``scorer`` stops the run on an error, samples after the first one at fault are not scored.
         """
         outcomes: list[Outcome] = []
-        left = group.samples
+        left, deaths = group.samples, 0
         while left:
             child = await self._take()
             try:
                 request = frame((name, group.id, [scorer.view(sample) for sample in left]))
                 found, fault = await child.ask(request, name, len(left), scorer.budget_s)
+                died = not child.alive
             except BaseException:  # cancelled: the next group must not get this one's outcomes
                 self._end(child)
                 raise
@@ -53,9 +55,14 @@ class Pool:
             if fault is None:
                 self._idle.put_nowait(child)
                 return outcomes
+            deaths = 1 if found else deaths + 1
+            if died and deaths < DEATHS:  # out of memory, perhaps, or killed: another may well score it
+                left = left[len(found) :]
+                self._end(child)
+                continue
             lost = len(left) - len(found) if scorer.on_error == "stop" or child.whole.get(name) else 1
             outcomes += [(None, fault)] * lost
-            left = left[len(found) + lost :]
+            left, deaths = left[len(found) + lost :], 0
             self._end(child)
         return outcomes
 
