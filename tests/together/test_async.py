@@ -1,14 +1,11 @@
-"""Streaming rollouts: numbers that must not change, staleness that must not be exceeded, processes that die."""
+"""Streaming rollouts: numbers that must not change, staleness that must not be exceeded."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +15,11 @@ import pytest
 from miles_core.edges.toml import Source
 from miles_core.edges.toml.assemble import assemble
 from miles_core.testing.runs import INLINE
-from whole_runs import processes_of, timeless
+from whole_runs import timeless
 
 pytestmark = pytest.mark.slow
 
 MILES = str(Path(sys.executable).with_name("miles"))
-ASYNC = ("--set", "mode=async")
 
 
 @pytest.fixture(scope="module")
@@ -75,55 +71,3 @@ def spans(run: Path, process: str, doing: str) -> list[tuple[float, float]]:
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     found = [e for e in events if e["ph"] == "X" and e["name"] == doing and names[e["pid"]].startswith(process)]
     return [(event["ts"], event["ts"] + event["dur"]) for event in found]
-
-
-def ray_process(name: str, driver: int) -> int | None:
-    """The process of a run that ``ps`` shows under this name."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-    parent = {int(pid): int(of) for pid, of, _ in rows}
-
-    def below(pid: int) -> bool:
-        while pid in parent and pid != driver:
-            pid = parent[pid]
-        return pid == driver
-
-    found = [int(pid) for pid, _, args in rows if args.startswith(f"ray::{name}") and below(int(pid))]
-    return found[0] if found else None
-
-
-def rows_of(runs: Any, name: str) -> int:
-    path = runs.folder / name / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def wait(runs: Any, name: str, rows: int, process: subprocess.Popen[str], patience_s: float = 150) -> None:
-    deadline = time.monotonic() + patience_s
-    while rows_of(runs, name) < rows:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{name} did not come to {rows} rows"
-        time.sleep(0.05)
-
-
-def test_processes_that_die_cost_no_prompt(runs: Any) -> None:
-    """One of each kind, then the driver, with which all of them end. What only a checkpoint can replace makes the run
-    go on from there."""
-    name, steps = "stream-killed", 30
-    keys = (*ASYNC, "--set", f"steps={steps}", "--set", "eval.every=0")
-    process = runs.start(name, *keys, start_new_session=True)
-    for i, victim in enumerate(("rollout-0", "queue", "engine-0", "trainer-0")):
-        wait(runs, name, 4 + 3 * i, process)
-        pid = ray_process(victim, process.pid)
-        assert pid is not None, victim
-        os.kill(pid, signal.SIGKILL)
-    wait(runs, name, 20, process)
-    process.kill()
-    out, _ = process.communicate()
-    assert "rollout-0: " in out and "engine-0: " in out and "every process starts anew" in out
-    status = subprocess.run([MILES, "status", name], cwd=runs.folder, capture_output=True, text=True, check=True)
-    assert "prompts taken" in status.stdout
-    assert "going on after step" in runs.run(name, *keys, "--resume").stdout
-    assert [row["step"] for row in runs.metrics(name)] == list(range(1, steps + 1))
-    told = audited(runs, name)
-    assert f"{steps * 8} trained" in told and "none was skipped, none trained twice" in told
-    assert not processes_of(str(runs.folder / name))
