@@ -108,6 +108,7 @@ def conserved(chaos: Chaos, steps: int, groups: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_few_kills() -> None:
     """One of each kind, and two more."""
     chaos = survive(seed=6, kills=10, steps=24, groups=8, of_each=1)
