@@ -2,7 +2,9 @@
 
     python benchmarks/learning.py --seeds 3 --out benchmarks/results/learning
 
-Every run is `miles run` on examples/reverse/run.toml with nothing changed but the mode, the seed and the folder.
+Every run is `miles run` on examples/reverse/run.toml with nothing changed but the mode, the seed and the folder; and
+streaming, where what is trained on is of other weights than those it is compared with, old log-probabilities are those
+of the engine.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[1] / "examples" / "reverse"
 MILES = str(Path(sys.executable).with_name("miles"))
 LAST = 10  # steps whose rewards are averaged
+STREAMING = ["mode=async", "batch.old_logprobs=engine"]
 MODES = {
     "sync": ["mode=sync"],
     "overlap": ["mode=overlap"],
-    "async, 1 version": ["mode=async", "rollout.max_staleness=1"],
-    "async, 2": ["mode=async", "rollout.max_staleness=2"],
+    "async, 1 version": [*STREAMING, "rollout.max_staleness=1"],
+    "async, 2": [*STREAMING, "rollout.max_staleness=2"],
 }
 
 
@@ -61,7 +64,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     subprocess.run([sys.executable, str(EXAMPLE / "make.py")], check=True, stdout=subprocess.DEVNULL)
