@@ -136,3 +136,18 @@ def test_what_works_is_not_complained_of():
 def test_a_value_out_of_range_is_refused(key, value):
     with pytest.raises(ValidationError, match=key):
         Correction.Config(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"mode": "async"}, "none: tokens up to 2 versions old count as if they were new ones; batch.old_logprobs ="),
+        ({"mode": "async", "batch": {"old_logprobs": "engine"}}, ""),
+        ({"mode": "async", "rollout": {"max_staleness": 0}}, ""),
+        ({"mode": "overlap"}, ""),
+    ],
+)
+def test_the_plan_says_where_stale_tokens_count_like_new_ones(keys, said):
+    run = RunConfig.model_validate({"algorithm": "a", "model": {"path": "m"}} | keys)
+    told = Correction(Correction.Config(), run).miles_explain()
+    assert told.get("correction", "").startswith(said) and bool(told) == bool(said)

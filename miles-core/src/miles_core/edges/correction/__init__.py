@@ -34,6 +34,13 @@ class Correction(Plugin):
             complain("correction", 'has no effect without batch.old_logprobs = "both"; say that, or remove it')
 
     @hookimpl
+    def miles_explain(self) -> dict[str, str]:
+        if self.run.mode != "async" or not self.run.max_staleness or self.run.batch.old_logprobs != "recomputed":
+            return {}
+        told = f"none: tokens up to {self.run.max_staleness} versions old count as if they were new ones"
+        return {"correction": f'{told}; batch.old_logprobs = "engine" compares with the weights that drew them'}
+
+    @hookimpl
     def miles_token_weight(self, batch: Batch) -> dict[str, Weight]:
         from .weights import importance
 
