@@ -2,9 +2,9 @@
 
     python benchmarks/learning.py --seeds 3 --out benchmarks/results/learning
 
-Every run is `miles run` on examples/reverse/run.toml with nothing changed but the mode, the seed and the folder; and
-streaming, where what is trained on is of other weights than those it is compared with, old log-probabilities are those
-of the engine.
+Every run is `miles run` on examples/reverse/run.toml with nothing changed but the mode, the seed, the folder and the
+learning rate, which falls to a tenth, so that the end is one. Streaming, where what is trained on is of other weights
+than those it is compared with, old log-probabilities are those of the engine.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[1] / "examples" / "reverse"
 MILES = str(Path(sys.executable).with_name("miles"))
 LAST = 10  # steps whose rewards are averaged
+FALLING = ["optim.schedule=linear", "optim.min_lr=4e-5"]
 STREAMING = ["mode=async", "batch.old_logprobs=engine"]
 MODES = {
     "sync": ["mode=sync"],
@@ -33,7 +34,7 @@ MODES = {
 def learn(keys: list[str], seed: int, steps: int) -> dict[str, float]:
     """One run, as a user starts it: its last rewards, its held-out accuracy, and its seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        keys = [*keys, f"seed={seed}", f"steps={steps}", f"run_dir={folder}/run"]
+        keys = [*keys, *FALLING, f"seed={seed}", f"steps={steps}", f"run_dir={folder}/run"]
         sets = [word for key in keys for word in ("--set", key)]
         subprocess.run([MILES, "run", str(EXAMPLE / "run.toml"), *sets], check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
@@ -64,7 +65,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     subprocess.run([sys.executable, str(EXAMPLE / "make.py")], check=True, stdout=subprocess.DEVNULL)
