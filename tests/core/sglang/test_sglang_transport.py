@@ -6,6 +6,7 @@ import base64
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.protocols import TransportError, WorkerDied
-from miles_core.edges.sglang import wire
+from miles_core.edges.sglang import bucket, wire
 from miles_core.edges.sglang.broadcast import BroadcastTransport
 from miles_core.edges.sglang.bucket import Flat, buckets
 from miles_core.edges.sglang.handles import HandleTransport
@@ -39,15 +40,17 @@ def tensors(n: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
 )
 @settings(deadline=None)
 def test_buckets_hold_every_tensor_once_and_in_order(given: list[tuple[torch.dtype, int, int]], size: int) -> None:
-    """Also when they are filled a second time, with what came first still in one of them."""
+    """Also when they were filled before, with the same tensors where they are now, or in other places."""
     named = [
         (f"t{i}", torch.arange(rows * width).view(rows, width).to(dtype))
         for i, (dtype, rows, width) in enumerate(given)
     ]
     seen: list[str] = []
     flats = Flat(size), Flat(size)
-    for _ in buckets(iter(named), flats):
-        pass
+    others = [(name, tensor + 1) for name, tensor in named]
+    for before in (others[::-1], others):
+        for _ in buckets(iter(before), flats):
+            pass
     for flat in buckets(iter(named), flats):
         assert len(flat.places) == 1 or flat.used <= size
         at = 0
@@ -59,6 +62,19 @@ def test_buckets_hold_every_tensor_once_and_in_order(given: list[tuple[torch.dty
             seen.append(place.name)
         assert at == flat.used
     assert seen == [name for name, _ in named]
+
+
+def test_what_is_copied_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that were gathered for a bucket must not all wait in memory until it is full."""
+    monkeypatch.setattr(bucket, "BATCH", 64)
+    flat, made = Flat(4096), []
+    for i in range(9):
+        tensor = torch.full((24,), i, dtype=torch.uint8)
+        made.append(weakref.ref(tensor))
+        assert flat.put(f"t{i}", tensor)
+        del tensor
+        assert sum(ref() is not None for ref in made) <= 2
+    assert flat.tensor.tolist() == [i for i in range(9) for _ in range(24)]
 
 
 # -- what both need of SGLang ------------------------------------------------------------------------------------------
