@@ -196,7 +196,7 @@ class Engine:
 
 def assert_arrived(engine: Engine, sent: dict[str, torch.Tensor]) -> None:
     for got in engine.got:
-        assert list(got) == list(sent) and all(torch.equal(got[name], sent[name]) for name in sent)
+        assert got.keys() == sent.keys() and all(torch.equal(got[name], sent[name]) for name in sent)
 
 
 @pytest.fixture(params=["handles", "broadcast"])
@@ -238,6 +238,51 @@ def test_what_an_engine_refuses_names_it_and_the_tensors(transport: Any) -> None
     engine.error = None
     transport.send(iter(tensors().items()), False)
     assert_arrived(engine, tensors())
+
+
+def test_the_next_bucket_is_handed_over_while_one_is_loaded(sglang: None) -> None:
+    """And none is filled again before the engine has loaded it."""
+    engine, transport = Engine("engine-0"), HandleTransport(1, 120, 20)
+    load, arrived, taking = engine.load, threading.Semaphore(0), threading.Lock()
+    slow: Any = engine
+
+    def take(bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+        arrived.release()
+        with taking:  # one after another, and none before two are there
+            if not engine.loads:
+                assert arrived.acquire(timeout=5) and arrived.acquire(timeout=5)
+            return load(bucket)
+
+    slow.load = take
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False)
+    assert engine.loads > 2
+    assert_arrived(engine, tensors())
+    transport.close()
+
+
+def test_of_several_buckets_that_fail_the_first_is_told(sglang: None) -> None:
+    engine, transport = Engine("engine-0"), HandleTransport(1, 120, 20)
+    failed: Any = engine
+    second = threading.Event()
+
+    def fail(bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+        engine.loads += 1
+        if engine.loads > 1:
+            second.set()
+            raise WorkerDied("it was given up")
+        assert second.wait(5)
+        raise TransportError("no such parameter")
+
+    failed.load = fail
+    transport.connect([engine], LAYOUT)
+    with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*no such parameter"):
+        transport.send(iter(tensors().items()), False)
+    assert engine.loads == 2  # and no other is sent
+    del failed.load
+    transport.send(iter(tensors().items()), False)
+    assert_arrived(engine, tensors())
+    transport.close()
 
 
 def test_a_broadcast_reaches_every_rank_of_every_engine(sglang: None) -> None:

@@ -170,6 +170,36 @@ def test_an_update_that_changed_nothing_costs_no_restart(dialect: str) -> None:
     asyncio.run(go())
 
 
+def test_buckets_given_at_once_are_loaded_one_by_one_in_their_order(dialect: str) -> None:
+    async def go() -> None:
+        async with engines(dialect) as [worker]:
+            await worker.engine.begin_update()
+            values = [9, 3, 8, 1, 7, 2]  # the last one counts
+            await asyncio.gather(*(worker.engine.load(both(value)) for value in values))
+            await worker.engine.end_update(2)
+            assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [2] * 6)
+            assert set((await worker.engine.checksums()).values()) == {f"{2:016x}"}
+
+    asyncio.run(go())
+
+
+def test_a_bucket_that_waited_for_one_that_failed_is_in_no_later_update(dialect: str) -> None:
+    async def go() -> None:
+        async with engines(dialect) as [worker]:
+            await worker.engine.begin_update()
+            await fault(worker, fail_load="die")
+            loads = [asyncio.ensure_future(worker.engine.load(weights(a=version))) for version in (1, 2)]
+            with pytest.raises(TransportError, match="did not load a bucket: /update_weights_from_tensor"):
+                await loads[0]
+            await worker.engine.abort_update()
+            with pytest.raises(TransportError, match="did not load a bucket"):
+                await loads[1]
+            await push(worker, 3)
+            assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [3] * 6)
+
+    asyncio.run(go())
+
+
 def test_an_update_may_begin_twice(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:

@@ -66,7 +66,7 @@ class SGLangEngine:
         self._paused = False
         self._session: Live | None = None  # the server that is being updated
         self._turns = Turns(turns, may_stay)
-        self._turning = asyncio.Lock()  # falls asleep or wakes up
+        self._beginning, self._loading = asyncio.Lock(), asyncio.Lock()  # an update, a bucket: each in its turn
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
@@ -149,7 +149,7 @@ class SGLangEngine:
         Where trainers use the same GPUs its memory is theirs until the first ``load``, unless both fit: see ``stay``.
         Asked twice, it waits once.
         """
-        async with self._turning:
+        async with self._beginning:
             live = await self._live()
             if self._session is live:
                 return
@@ -163,7 +163,8 @@ class SGLangEngine:
             self._session = live
 
     async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
-        """Have the server load a bucket. Returns no checksums: it has none of single tensors as they were sent.
+        """Have the server load a bucket, after those that came before. Returns no checksums: it has none of single
+        tensors as they were sent.
 
         Raises TransportError with what the server says is wrong; ``abort_update`` then replaces the server.
         """
@@ -171,12 +172,14 @@ class SGLangEngine:
         path, body = wire.update(bucket)
         self._loads += 1
         try:
-            async with self._turning:
+            async with self._loading:
+                if self._session is not live:
+                    raise EngineError("its update was given up meanwhile")
                 if self._turns.asleep:
                     await self.restore(["weights"])
                     await self._open(live)
                     self._turns.asleep = False
-            await self._long(live, path, body)
+                await self._long(live, path, body)
         except EngineError as error:
             raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
         return {}
@@ -258,11 +261,7 @@ class SGLangEngine:
         or of this one before an update that changes nothing. 0.5.16 has none without a GPU: raises EngineError.
         """
         told = await self._long(await self._live(), "/weights_checker", {"action": "checksum"})
-        return {
-            f"{rank}/{name}": value
-            for rank, info in enumerate(told["ranks"])
-            for name, value in info["checksums"].items()
-        }
+        return wire.checksums(told["ranks"])
 
     async def ready(self) -> str:
         """Wait for the server. Returns what it has, in words."""
