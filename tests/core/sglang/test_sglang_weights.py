@@ -329,7 +329,9 @@ def test_weights_come_by_broadcast_in_a_group_that_was_joined(dialect: str) -> N
 
 
 def test_memory_is_released_between_rollouts_only(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "IDLE_S", 0.2)  # the server ends itself when it is asked while it works
+    monkeypatch.setattr(
+        server, "FORGET", "/flush_cache?timeout=0.2"
+    )  # the server ends itself when it is asked while it works
 
     async def go() -> None:
         async with engines(dialect) as [worker]:
@@ -352,7 +354,7 @@ def test_memory_is_released_between_rollouts_only(dialect: str, monkeypatch: pyt
 # -- GPUs shared with trainers -----------------------------------------------------------------------------------------
 
 
-def test_in_turns_the_memory_is_the_trainers_from_begin_update_to_the_first_bucket(dialect: str) -> None:
+def test_in_turns_the_memory_is_the_trainers_from_sleep_to_the_first_bucket(dialect: str) -> None:
     opened, closed = (["/begin_weight_update"], ["/end_weight_update"]) if dialect == "0.5.23" else ([], [])
     stops = ["/pause_generation"] * (1 if opened else 2)
 
@@ -362,7 +364,7 @@ def test_in_turns_the_memory_is_the_trainers_from_begin_update_to_the_first_buck
             assert await worker.engine.ready() == f"SGLang {dialect}"
             for version in (1, 2):
                 before = len(await calls(worker))
-                await asyncio.gather(worker.engine.begin_update(), worker.engine.begin_update())
+                assert await asyncio.gather(worker.engine.sleep(), worker.engine.begin_update()) == [True, False]
                 released = await calls(worker)
                 assert released[before:] == [*stops, "/flush_cache", "/release_memory_occupation"]
                 await asyncio.gather(worker.engine.load(weights(a=version)), worker.engine.load(weights(b=version)))
@@ -374,7 +376,6 @@ def test_in_turns_the_memory_is_the_trainers_from_begin_update_to_the_first_buck
                     "/update_weights_from_tensor",
                     *closed,
                     "/resume_memory_occupation",
-                    "/flush_cache",
                     "/update_weight_version",
                     "/continue_generation",
                 ]
@@ -401,16 +402,24 @@ def test_in_turns_memory_is_kept_where_both_fit(dialect: str) -> None:
                 await worker.engine.ready() == f"SGLang {dialect}: 2.0 GB of weights, 6.0 GB of cache for 1,000 tokens"
             )
             for version, sleeps in slept.items():
+                [request] = group(1, 1)  # the prompt of the versions before, which must have been forgotten
                 before = len(await calls(worker))
-                await worker.engine.begin_update()
+                assert await worker.engine.sleep() is sleeps
+                asked = (await calls(worker))[before:]
+                if not sleeps:  # it goes on serving while ranks train
+                    assert not asked
+                    assert_whole(request, (await client.generate([request]))[0], [version - 1] * 6)
+                assert await worker.engine.begin_update() is not sleeps
+                begun = (await calls(worker))[before:]
+                assert begun.count("/flush_cache") == 1
                 room, stays = rooms.get(version, (0, True))
                 told, _ = await asyncio.gather(worker.engine.stay(room), worker.engine.load(weights(a=version)))
                 assert told is stays
                 await worker.engine.load(weights(b=version))
                 await worker.engine.end_update(version)
                 asked = (await calls(worker))[before:]
-                assert [path in asked for path in MEMORY] == [sleeps, sleeps] and "/flush_cache" in asked
-                [request] = group(version, 1)
+                assert [path in asked for path in MEMORY] == [sleeps, sleeps] and asked.count("/flush_cache") == 1
+                assert asked[-2:] == ["/update_weight_version", "/continue_generation"]
                 assert_whole(request, (await client.generate([request]))[0], [version] * 6)
 
     asyncio.run(go())
