@@ -178,29 +178,31 @@ async def logprobs(client: SGLangClient, miles: Miles, folder: Path, vocab: int)
 async def sync(
     client: SGLangClient, worker: Worker, miles: Miles, transport: Any, vocab: int, first: int, kept: bool
 ) -> Row:
-    """As a step of a colocated run moves weights: the engine stops, the trainer trains, the weights move.
+    """As a step of a colocated run moves weights: the engine makes room, the trainer trains while the engine stops for
+    the update, the weights move.
 
-    Timed are the stopping and, after the training, everything from the first tensor until the engine serves. Either
-    both keep their memory all along, or each gives it up for the other; ``first`` is the first version to send.
+    Timed are the making room and, after the training, everything until the engine serves: what is left of its stopping
+    too. Either both keep their memory all along, or each gives it up for the other; ``first`` is the first version.
     """
     transport.connect([worker], miles.model.layout)
     assert miles.model._turns  # it shares its GPU with the engine
     parts, size, last = [], 0.0, first + SYNCS + 1
     for version in range(first, last + 1):
         began = time.perf_counter()
-        await worker.call("begin_update")
+        await worker.call("sleep")
         asleep = time.perf_counter() - began
-        miles.step([packed([8192], vocab, version)])
-        torch.cuda.synchronize()
+        stopping = asyncio.ensure_future(worker.call("begin_update"))  # as the loop does, which need not know of sleep
+        await asyncio.to_thread(_train, miles, [packed([8192], vocab, version)])
         began = time.perf_counter()
-        await worker.call("begin_update")  # as the loop does, which need not know that it is asleep
+        await stopping
+        stops = time.perf_counter()
         HERE.trained = kept  # without a training to go by the engine does not stay
         miles.model._turns.rest()  # which ``export`` would do
         rests = time.perf_counter()
         size = transport.send(miles.model.export(), verify=False)["bytes"]
         sent = time.perf_counter()
         await worker.call("end_update", version)
-        parts.append((asleep, rests - began, sent - rests, time.perf_counter() - sent))
+        parts.append((asleep, stops - began, rests - stops, sent - rests, time.perf_counter() - sent))
     [completion] = await client.generate(requests(prompts(7, vocab, 1), 8))
     if set(completion.versions) != {last}:
         raise ValueError(f"the engine serves version {completion.versions}, not {last}")
@@ -222,9 +224,14 @@ async def sync(
         whole / best,
         f"under {BAR_SYNC_MS:g} ms" if kept else "",
         whole < BAR_SYNC_MS if kept else None,
-        f"medians of {SYNCS}: the engine stops {told[0]}, trainer rests {told[1]}, weights {told[2]}, "
-        f"serves again {told[3]} ms",
+        f"medians of {SYNCS}: the engine makes room {told[0]}, stops behind the training {told[1]}, trainer rests "
+        f"{told[2]}, weights {told[3]}, serves again {told[4]} ms",
     )
+
+
+def _train(miles: Miles, rows: list[Packed]) -> None:
+    miles.step(rows)
+    torch.cuda.synchronize()
 
 
 async def measure(names: list[str], work: Path, table: dict[str, Any], report: Report) -> None:

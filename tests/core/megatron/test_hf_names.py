@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.megatron.names import TABLES, Names
 from miles_core.edges.megatron.stored import INDEX, SINGLE, check_weights, read_header
-from miles_core.edges.megatron.weights import _take_apart
+from miles_core.edges.megatron.weights import _parts, _take_apart
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -114,7 +114,7 @@ def test_parts_tile_every_tensor_once(
             padding = length - rows.shape[fusion.dim]
             assert padding == 0 or fusion.padded
             parts.append(torch.cat([rows, rows.new_full((padding, *rows.shape[1:]), 7.0)]) if padding else rows)
-        back = dict(_take_apart(fusion, parts))
+        back = dict(_take_apart(fusion, _parts(fusion, ranks, length), parts))
         assert back.keys() == tensors.keys()
         for tensor, value in tensors.items():
             assert torch.equal(back[tensor], value), f"{name}: {tensor}"

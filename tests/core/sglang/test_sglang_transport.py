@@ -6,6 +6,7 @@ import base64
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.protocols import TransportError, WorkerDied
-from miles_core.edges.sglang import wire
+from miles_core.edges.sglang import bucket, wire
 from miles_core.edges.sglang.broadcast import BroadcastTransport
 from miles_core.edges.sglang.bucket import Flat, buckets
 from miles_core.edges.sglang.handles import HandleTransport
@@ -39,15 +40,17 @@ def tensors(n: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
 )
 @settings(deadline=None)
 def test_buckets_hold_every_tensor_once_and_in_order(given: list[tuple[torch.dtype, int, int]], size: int) -> None:
-    """Also when they are filled a second time, with what came first still in one of them."""
+    """Also when they were filled before, with the same tensors where they are now, or in other places."""
     named = [
         (f"t{i}", torch.arange(rows * width).view(rows, width).to(dtype))
         for i, (dtype, rows, width) in enumerate(given)
     ]
     seen: list[str] = []
     flats = Flat(size), Flat(size)
-    for _ in buckets(iter(named), flats):
-        pass
+    others = [(name, tensor + 1) for name, tensor in named]
+    for before in (others[::-1], others):
+        for _ in buckets(iter(before), flats):
+            pass
     for flat in buckets(iter(named), flats):
         assert len(flat.places) == 1 or flat.used <= size
         at = 0
@@ -59,6 +62,19 @@ def test_buckets_hold_every_tensor_once_and_in_order(given: list[tuple[torch.dty
             seen.append(place.name)
         assert at == flat.used
     assert seen == [name for name, _ in named]
+
+
+def test_what_is_copied_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that were gathered for a bucket must not all wait in memory until it is full."""
+    monkeypatch.setattr(bucket, "BATCH", 64)
+    flat, made = Flat(4096), []
+    for i in range(9):
+        tensor = torch.full((24,), i, dtype=torch.uint8)
+        made.append(weakref.ref(tensor))
+        assert flat.put(f"t{i}", tensor)
+        del tensor
+        assert sum(ref() is not None for ref in made) <= 2
+    assert flat.tensor.tolist() == [i for i in range(9) for _ in range(24)]
 
 
 # -- what both need of SGLang ------------------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ class Engine:
 
 def assert_arrived(engine: Engine, sent: dict[str, torch.Tensor]) -> None:
     for got in engine.got:
-        assert list(got) == list(sent) and all(torch.equal(got[name], sent[name]) for name in sent)
+        assert got.keys() == sent.keys() and all(torch.equal(got[name], sent[name]) for name in sent)
 
 
 @pytest.fixture(params=["handles", "broadcast"])
@@ -222,6 +238,51 @@ def test_what_an_engine_refuses_names_it_and_the_tensors(transport: Any) -> None
     engine.error = None
     transport.send(iter(tensors().items()), False)
     assert_arrived(engine, tensors())
+
+
+def test_the_next_bucket_is_handed_over_while_one_is_loaded(sglang: None) -> None:
+    """And none is filled again before the engine has loaded it."""
+    engine, transport = Engine("engine-0"), HandleTransport(1, 120, 20)
+    load, arrived, taking = engine.load, threading.Semaphore(0), threading.Lock()
+    slow: Any = engine
+
+    def take(bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+        arrived.release()
+        with taking:  # one after another, and none before two are there
+            if not engine.loads:
+                assert arrived.acquire(timeout=5) and arrived.acquire(timeout=5)
+            return load(bucket)
+
+    slow.load = take
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False)
+    assert engine.loads > 2
+    assert_arrived(engine, tensors())
+    transport.close()
+
+
+def test_of_several_buckets_that_fail_the_first_is_told(sglang: None) -> None:
+    engine, transport = Engine("engine-0"), HandleTransport(1, 120, 20)
+    failed: Any = engine
+    second = threading.Event()
+
+    def fail(bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+        engine.loads += 1
+        if engine.loads > 1:
+            second.set()
+            raise WorkerDied("it was given up")
+        assert second.wait(5)
+        raise TransportError("no such parameter")
+
+    failed.load = fail
+    transport.connect([engine], LAYOUT)
+    with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*no such parameter"):
+        transport.send(iter(tensors().items()), False)
+    assert engine.loads == 2  # and no other is sent
+    del failed.load
+    transport.send(iter(tensors().items()), False)
+    assert_arrived(engine, tensors())
+    transport.close()
 
 
 def test_a_broadcast_reaches_every_rank_of_every_engine(sglang: None) -> None:

@@ -170,6 +170,36 @@ def test_an_update_that_changed_nothing_costs_no_restart(dialect: str) -> None:
     asyncio.run(go())
 
 
+def test_buckets_given_at_once_are_loaded_one_by_one_in_their_order(dialect: str) -> None:
+    async def go() -> None:
+        async with engines(dialect) as [worker]:
+            await worker.engine.begin_update()
+            values = [9, 3, 8, 1, 7, 2]  # the last one counts
+            await asyncio.gather(*(worker.engine.load(both(value)) for value in values))
+            await worker.engine.end_update(2)
+            assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [2] * 6)
+            assert set((await worker.engine.checksums()).values()) == {f"{2:016x}"}
+
+    asyncio.run(go())
+
+
+def test_a_bucket_that_waited_for_one_that_failed_is_in_no_later_update(dialect: str) -> None:
+    async def go() -> None:
+        async with engines(dialect) as [worker]:
+            await worker.engine.begin_update()
+            await fault(worker, fail_load="die")
+            loads = [asyncio.ensure_future(worker.engine.load(weights(a=version))) for version in (1, 2)]
+            with pytest.raises(TransportError, match="did not load a bucket: /update_weights_from_tensor"):
+                await loads[0]
+            await worker.engine.abort_update()
+            with pytest.raises(TransportError, match="did not load a bucket"):
+                await loads[1]
+            await push(worker, 3)
+            assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [3] * 6)
+
+    asyncio.run(go())
+
+
 def test_an_update_may_begin_twice(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:
@@ -299,7 +329,9 @@ def test_weights_come_by_broadcast_in_a_group_that_was_joined(dialect: str) -> N
 
 
 def test_memory_is_released_between_rollouts_only(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "IDLE_S", 0.2)  # the server ends itself when it is asked while it works
+    monkeypatch.setattr(
+        server, "FORGET", "/flush_cache?timeout=0.2"
+    )  # the server ends itself when it is asked while it works
 
     async def go() -> None:
         async with engines(dialect) as [worker]:
@@ -315,102 +347,6 @@ def test_memory_is_released_between_rollouts_only(dialect: str, monkeypatch: pyt
             await worker.engine.restore(["kv_cache"])
             assert_whole(group(1, 1)[0], (await client.generate(group(1, 1)))[0], [1] * 6)
             assert not worker.engine._restarts
-
-    asyncio.run(go())
-
-
-# -- GPUs shared with trainers -----------------------------------------------------------------------------------------
-
-
-def test_in_turns_the_memory_is_the_trainers_from_begin_update_to_the_first_bucket(dialect: str) -> None:
-    opened, closed = (["/begin_weight_update"], ["/end_weight_update"]) if dialect == "0.5.23" else ([], [])
-    stops = ["/pause_generation"] * (1 if opened else 2)
-
-    async def go() -> None:
-        async with engines(dialect, turns=True) as [worker]:
-            client = SGLangClient([worker], 10)
-            assert await worker.engine.ready() == f"SGLang {dialect}"
-            for version in (1, 2):
-                before = len(await calls(worker))
-                await asyncio.gather(worker.engine.begin_update(), worker.engine.begin_update())
-                released = await calls(worker)
-                assert released[before:] == [*stops, "/flush_cache", "/release_memory_occupation"]
-                await asyncio.gather(worker.engine.load(weights(a=version)), worker.engine.load(weights(b=version)))
-                await worker.engine.end_update(version)
-                assert (await calls(worker))[len(released) :] == [
-                    "/resume_memory_occupation",
-                    *opened,
-                    "/update_weights_from_tensor",
-                    "/update_weights_from_tensor",
-                    *closed,
-                    "/resume_memory_occupation",
-                    "/flush_cache",
-                    "/update_weight_version",
-                    "/continue_generation",
-                ]
-                [request] = group(version, 1)
-                assert_whole(request, (await client.generate([request]))[0], [version] * 6)
-            assert not worker.engine._restarts
-
-    asyncio.run(go())
-
-
-MEMORY = {"/release_memory_occupation", "/resume_memory_occupation"}
-
-
-def test_in_turns_memory_is_kept_where_both_fit(dialect: str) -> None:
-    """``room`` is what training left: with the server asleep it must hold all of it, and awake nothing more."""
-    gib = 2**30
-    rooms = {1: (8 * gib - 1, False), 2: (8 * gib, True), 3: (0, True), 4: (-1, False), 5: (8 * gib, True)}
-    slept = {1: True, 2: True, 3: False, 4: False, 5: True, 6: False}  # by what was said in the update before
-
-    async def go() -> None:
-        async with engines(dialect, "--cache-gib", "6", turns=True) as [worker]:
-            client = SGLangClient([worker], 10)
-            assert (
-                await worker.engine.ready() == f"SGLang {dialect}: 2.0 GB of weights, 6.0 GB of cache for 1,000 tokens"
-            )
-            for version, sleeps in slept.items():
-                before = len(await calls(worker))
-                await worker.engine.begin_update()
-                room, stays = rooms.get(version, (0, True))
-                told, _ = await asyncio.gather(worker.engine.stay(room), worker.engine.load(weights(a=version)))
-                assert told is stays
-                await worker.engine.load(weights(b=version))
-                await worker.engine.end_update(version)
-                asked = (await calls(worker))[before:]
-                assert [path in asked for path in MEMORY] == [sleeps, sleeps] and "/flush_cache" in asked
-                [request] = group(version, 1)
-                assert_whole(request, (await client.generate([request]))[0], [version] * 6)
-
-    asyncio.run(go())
-
-
-@pytest.mark.parametrize("options", [{"turns": True, "may_stay": False}, {"turns": True, "silent": True}, {}])
-def test_memory_is_not_kept_where_that_was_not_allowed_or_nothing_is_known_or_nobody_shares_it(
-    dialect: str, options: dict[str, bool]
-) -> None:
-    async def go() -> None:
-        more: dict[str, Any] = {key: value for key, value in options.items() if key != "silent"}
-        async with engines(dialect, *(() if "silent" in options else ("--cache-gib", "6")), **more) as [worker]:
-            await worker.engine.begin_update()
-            assert await worker.engine.stay(2**40) is False
-
-    asyncio.run(go())
-
-
-def test_in_turns_a_server_without_its_weights_is_replaced(dialect: str) -> None:
-    async def go() -> None:
-        async with engines(dialect, turns=True) as [worker]:
-            await worker.engine.begin_update()
-            await worker.engine.abort_update()
-            assert worker.engine._restarts == 1
-            await worker.engine.ready()
-            with pytest.raises(EngineError, match="serves nothing until whole weights arrive"):
-                await worker.engine.address()
-            await push(worker, 1)
-            [request] = group(0, 1)
-            assert_whole(request, (await SGLangClient([worker], 10).generate([request]))[0], [1] * 6)
 
     asyncio.run(go())
 

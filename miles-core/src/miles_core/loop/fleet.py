@@ -61,7 +61,7 @@ class Fleet:
         """One step on every rank. Metrics are the ranks' shares added up; times are the slowest rank's."""
         async with self.asking:
             if self.turns:
-                await everyone(self.engines, "begin_update")
+                await everyone(self.engines, "sleep")
             teams, given, self.asked = [self.ranks, *self.apart], await self._given(payload), step
         answers = await asyncio.gather(*(everyone(team, "train", step, payload, given) for team in teams))
         return total(self.layouts, answers)

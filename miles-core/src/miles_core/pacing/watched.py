@@ -8,19 +8,20 @@ from typing import Any, Protocol
 
 from ..edges.protocols import Cluster, Process, Worker
 
-# What a process does while it answers a call, and what it does from then on until the next of these calls.
+# What a process does while it answers a call, and what it does from then on until the next of these calls. One that
+# answers False did nothing: an engine that keeps its memory, or one whose update has begun already.
 DOING = {
     "train": ("train", "wait"),
     "columns": ("train", "wait"),
     "evaluate": ("evaluate", "wait"),
     "push": ("sync", "wait"),
     "save": ("save", "wait"),
+    "sleep": ("sync", "sleep"),  # an engine that gives its memory to the training
     "begin_update": ("sync", "sync"),
     "end_update": ("sync", "serve"),
     "abort_update": ("sync", "wait"),
     "write": ("write", "wait"),
 }
-ASLEEP = {("begin_update", "begin_update"): "sleep"}  # an engine that gave its memory to the training
 LEAST_S = 1e-3  # what is shorter is nothing but the way from one call to the next
 
 
@@ -46,7 +47,8 @@ class WatchedWorker:
             return await self.worker.call(method, *args, timeout=timeout)
         asked = time.time()
         answer = await self.worker.call(method, *args, timeout=timeout)
-        self._answered(method, asked)
+        if answer is not False:
+            self._answered(method, asked)
         return answer
 
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
@@ -60,8 +62,7 @@ class WatchedWorker:
         now, before = time.time(), self.last
         began = min(max(asked, self.ended), now)
         if before and began - self.ended >= LEAST_S:
-            doing = ASLEEP.get((before, method), DOING[before][1])
-            self.told(process=self.name, doing=doing, began=self.ended, ended=began)
+            self.told(process=self.name, doing=DOING[before][1], began=self.ended, ended=began)
         self.told(process=self.name, doing=DOING[method][0], began=began, ended=now)
         self.last, self.ended = method, now
 

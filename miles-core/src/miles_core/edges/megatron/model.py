@@ -48,6 +48,7 @@ class MegatronModel:
         self._saver = checkpoint.Saver(self.module, trained)
         settle = self._saver.snapshot.settle
         self._turns = memory.Turns(trained, self._needs, settle) if trained and shared else None
+        self._export: weights.Export | None = None  # once it is asked for: a critic has no names to export
 
     def total(self, tensor: Tensor) -> Tensor:
         """See ``types.Model.total``."""
@@ -162,11 +163,12 @@ class MegatronModel:
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under their Hugging Face names; see ``weights.export_weights``."""
+        """Full tensors under their Hugging Face names; see ``weights.Export``."""
         for turns in memory.Turns.of_this_rank:  # the critic's too
             turns.rest()
         with device.running():
-            yield from weights.export_weights(self.module, hf.read(self.folder), everywhere=self.shared)
+            self._export = self._export or weights.Export(self.module, hf.read(self.folder))
+            yield from self._export.tensors(everywhere=self.shared)
 
     def save_hf(self, folder: Path) -> None:
         """See ``types.Model.save_hf``."""

@@ -22,7 +22,7 @@ from .stored import INDEX, SINGLE, Stored, check_weights, find_tensors, some
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["check_weights", "export_weights", "load_weights", "save_hf"]
+__all__ = ["Export", "check_weights", "export_weights", "load_weights", "save_hf"]
 
 PART_BYTES = 4 << 30  # of one file that ``save_hf`` writes, and of the memory it takes to do so
 _COPIED = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
@@ -156,36 +156,73 @@ def _over_replica[T](value: T) -> list[T]:
 # -- and out again --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """How the shard of one tensor-parallel rank is cut: the pieces along it, and whose each of them is."""
+
+    lengths: tuple[int, ...]
+    pieces: dict[str, tuple[int, ...]]  # numbers of the pieces of each tensor, in the order of its own rows
+
+
+def _parts(fusion: Fusion, ranks: int, length: int) -> list[_Part]:
+    """For every rank's shard of a parameter, which is ``length`` long there."""
+    parts = []
+    for rank in range(ranks if fusion.split else 1):
+        blocks = fusion.part(rank, length)
+        lengths = [block.stop - block.start for block in blocks]
+        padding = length - sum(lengths)
+        found = {name: tuple(i for i, b in enumerate(blocks) if b.tensor == name) for name in fusion.tensors}
+        parts.append(_Part((*lengths, padding) if padding else tuple(lengths), found))
+    return parts
+
+
+class Export:
+    """What ``export_weights`` needs to know of a module, found once: looking names up takes longer than sending."""
+
+    def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
+        """``config`` is the parsed ``config.json``. Raises Refused for a parameter without a Hugging Face name."""
+        names, (self._rank, self._ranks) = Names(config), _tensor_parallel()
+        try:
+            found = [
+                (_fusion(names, name, parameter, self._ranks), parameter) for name, parameter in parameters(module)
+            ]
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        self._plan = [
+            (fusion, parameter, _parts(fusion, self._ranks, parameter.shape[fusion.dim]))
+            for fusion, parameter in found
+            if fusion.exported
+        ]
+
+    def tensors(
+        self, value: Callable[[nn.Parameter], Tensor] | None = None, everywhere: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors of this pipeline stage under their Hugging Face names, in an order that never changes.
+
+        ``value`` names a tensor of the parameter's shape to export instead of its data, such as its gradient. Every
+        rank iterates to the end, in step: tensors are gathered one at a time over the tensor-parallel group. Only its
+        first rank in the first data-parallel replica gets any, unless ``everywhere``: then every rank does. A tensor
+        may share the memory of the parameter, so copy what outlives the next step.
+        """
+        from megatron.core import parallel_state as mpu
+
+        if not everywhere and mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
+            return  # its tensor-parallel group holds the same tensors as that of replica 0
+        for fusion, parameter, parts in self._plan:
+            shard = (parameter if value is None else value(parameter)).detach()
+            shards = _gather(shard, everywhere) if fusion.split and self._ranks > 1 else [shard]
+            if everywhere or self._rank == 0:
+                yield from _take_apart(fusion, parts, shards)
+
+
 def export_weights(
     module: nn.Module,
     config: dict[str, Any],
     value: Callable[[nn.Parameter], Tensor] | None = None,
     everywhere: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors of this pipeline stage under their Hugging Face names, in an order that never changes.
-
-    ``value`` names a tensor of the parameter's shape to export instead of its data, such as its gradient; ``config``
-    is the parsed ``config.json``. Every rank iterates to the end, in step: tensors are gathered one at a time over the
-    tensor-parallel group. Only its first rank in the first data-parallel replica gets any, unless ``everywhere``: then
-    every rank does. A tensor may share the memory of the parameter, so copy what outlives the next step.
-
-    Raises Refused for a parameter without a Hugging Face name, before the first tensor.
-    """
-    from megatron.core import parallel_state as mpu
-
-    names, (rank, ranks) = Names(config), _tensor_parallel()
-    try:
-        plan = [(_fusion(names, name, parameter, ranks), parameter) for name, parameter in parameters(module)]
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    if not everywhere and mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
-        return  # its tensor-parallel group holds the same tensors as that of replica 0
-    for fusion, parameter in plan:
-        if fusion.exported:
-            shard = (parameter if value is None else value(parameter)).detach()
-            parts = _gather(shard, everywhere) if fusion.split and ranks > 1 else [shard]
-            if everywhere or rank == 0:
-                yield from _take_apart(fusion, parts)
+    """``Export(module, config).tensors(value, everywhere)``. Raises Refused before the first tensor."""
+    yield from Export(module, config).tensors(value, everywhere)
 
 
 def _gather(shard: Tensor, everywhere: bool) -> list[Tensor]:
@@ -204,19 +241,16 @@ def _gather(shard: Tensor, everywhere: bool) -> list[Tensor]:
     return parts or []
 
 
-def _take_apart(fusion: Fusion, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that ``parts``, one per tensor-parallel rank, are made of."""
+def _take_apart(fusion: Fusion, parts: list[_Part], shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that ``shards``, one per tensor-parallel rank, are made of."""
     import torch
 
-    pieces: dict[str, list[Tensor]] = {name: [] for name in fusion.tensors}
-    for rank, part in enumerate(parts):
-        at = 0
-        for block in fusion.part(rank, part.shape[fusion.dim]):
-            length = block.stop - block.start
-            pieces[block.tensor].append(part.narrow(fusion.dim, at, length))
-            at += length
+    cut = [
+        (part.pieces, shard.split_with_sizes(part.lengths, fusion.dim) if len(part.lengths) > 1 else (shard,))
+        for part, shard in zip(parts, shards, strict=True)
+    ]
     for name in fusion.tensors:  # blocks run in the order of each tensor's own rows, so its pieces join end to end
-        found = pieces.pop(name)
+        found = [pieces[i] for numbers, pieces in cut for i in numbers[name]]
         yield name, found[0] if len(found) == 1 else torch.cat(found, fusion.dim)
 
 

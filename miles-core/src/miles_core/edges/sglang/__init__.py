@@ -35,7 +35,7 @@ class SGLang(Plugin):
         model_config = ConfigDict(extra="allow", frozen=True)
         __pydantic_extra__: dict[str, Value]
         start_timeout_s: float = Field(900, gt=0)  # for a server to load its weights and compile its kernels
-        bucket_mib: int = Field(1024, gt=0)  # weights travel in buckets of this size; each sending rank has two
+        bucket_mib: int = Field(512, gt=0)  # weights travel in buckets of this size; each sending rank has two
         stays: bool = True  # sharing a GPU with a trainer, keep memory while that one trains, as long as both fit
 
     config: Config

@@ -20,28 +20,54 @@ class Place:
     end: int
 
 
+BATCH = 64 << 20  # bytes that are copied by one call; until then what they are copied from stays
+
+
 class Flat:
-    """A buffer that is filled again and again; allocated with the first tensor, on that tensor's device."""
+    """A buffer that is filled again and again; allocated with the first tensor, on that tensor's device.
+
+    What is ``put`` is copied with others, at the latest by ``flush``: a call for each tensor would take as long as
+    moving all of them. A name that comes to where it was the last time costs next to nothing.
+    """
 
     def __init__(self, size: int) -> None:
         """``size`` in bytes; a tensor larger than it makes the buffer as large as itself, for good."""
         self._size = size
         self._buffer: Tensor | None = None
+        self._known: dict[str, tuple[Place, Tensor]] = {}  # where each tensor was the last time
+        self._sources: list[Tensor] = []  # not copied yet
+        self._targets: list[Tensor] = []
+        self._waiting = 0  # bytes of these
         self.places: list[Place] = []
         self.used = 0
 
-    def fits(self, tensor: Tensor) -> bool:
-        """Whether it may stand behind those that are there, without a gap: receivers leave none."""
-        return not self.places or (self.used + tensor.nbytes <= self._size and self.used % tensor.itemsize == 0)
+    def put(self, name: str, tensor: Tensor) -> bool:
+        """False where it may not stand behind those that are there: no room, or a gap, and receivers leave none."""
+        size, start = tensor.nbytes, self.used
+        if self.places and (start + size > self._size or start % tensor.itemsize):
+            return False
+        if self._buffer is None or size > len(self._buffer):
+            self._known, self._buffer = {}, None  # the old one first
+            self._buffer = torch.empty(max(self._size, size), dtype=torch.uint8, device=tensor.device)
+        place, target = self._known.get(name, (None, tensor))
+        if place is None or (place.start, place.dtype, place.shape) != (start, tensor.dtype, tensor.shape):
+            place = Place(name, tensor.dtype, tensor.shape, start, start + size)
+            target = self._buffer[start : start + size].view(tensor.dtype).view(tensor.shape)
+            self._known[name] = place, target
+        self.places.append(place)
+        self._sources.append(tensor)
+        self._targets.append(target)
+        self.used, self._waiting = start + size, self._waiting + size
+        if self._waiting >= BATCH:
+            self.flush()
+        return True
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        if self._buffer is None or tensor.nbytes > len(self._buffer):
-            self._buffer = None  # the old one first
-            self._buffer = torch.empty(max(self._size, tensor.nbytes), dtype=torch.uint8, device=tensor.device)
-        end = self.used + tensor.nbytes
-        self._buffer[self.used : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self.places.append(Place(name, tensor.dtype, tensor.shape, self.used, end))
-        self.used = end
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Copy what was put and is not copied yet."""
+        if self._sources:
+            torch._foreach_copy_(self._targets, self._sources)
+        self._sources, self._targets, self._waiting = [], [], 0
 
     @property
     def tensor(self) -> Tensor:
@@ -57,18 +83,21 @@ class Flat:
 
     def clear(self) -> None:
         self.places, self.used = [], 0
+        self._sources, self._targets, self._waiting = [], [], 0
 
 
 def buckets(tensors: Iterator[tuple[str, Tensor]], flats: tuple[Flat, Flat]) -> Iterator[Flat]:
     """The tensors in the two buckets by turns; each is yielded when it is full, and filled again two yields later."""
-    current = 0
+    full, filling = flats
     for flat in flats:  # what an earlier call left in them is not to be sent again
         flat.clear()
     for name, tensor in tensors:
-        if not flats[current].fits(tensor):
-            yield flats[current]
-            current = 1 - current
-            flats[current].clear()
-        flats[current].put(name, tensor)
-    if flats[current].places:
-        yield flats[current]
+        if not filling.put(name, tensor):
+            filling.flush()
+            yield filling
+            full, filling = filling, full
+            filling.clear()
+            filling.put(name, tensor)
+    if filling.places:
+        filling.flush()
+        yield filling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch.distributed as dist
@@ -20,15 +20,15 @@ class HandleTransport:
     """Implements ``miles_core.types.Transport`` where the ranks of an engine's GPUs are the trainers of these GPUs.
 
     Every rank is given every tensor and lays it into a bucket of its own GPU; the first rank of each engine hands the
-    engine the handles of all. One bucket is filled while the engine loads the other.
+    engine the handles of all. One bucket is filled while the engine loads the other; it has the next one at hand when
+    it is done, so nobody waits for a reply but to fill that bucket again.
     """
 
     def __init__(self, gpus: int, bucket_bytes: int, timeout_s: float) -> None:
         """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead."""
         self._gpus, self._timeout = gpus, timeout_s
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="weights")  # what the engine is told, beside its loading
-        self._loading: Future[Any] | None = None
+        self._pool = ThreadPoolExecutor(3, thread_name_prefix="weights")  # two buckets, and what else it is told
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
         """Enter the group of the ranks that share an engine. A collective of all ranks."""
@@ -43,17 +43,19 @@ class HandleTransport:
         Raises TransportError naming the tensors and the engine.
         """
         sent = count = 0
+        loading: list[Future[None]] = []
         staying = self._pool.submit(self._stay, self._room())
         try:
             for flat in buckets(tensors, self._flats):
                 sent, count = sent + flat.used, count + len(flat.places)
                 payloads = self._gathered(_serialize(flat))
-                self._settle()
                 if self._first:
                     bucket = wire.Tensors(tuple(payloads), "flattened_bucket")
-                    self._loading = self._pool.submit(self._load, bucket, flat.names)
+                    loading.append(self._pool.submit(self._load, bucket, flat.names))
+                self._settle(loading, 1)  # the bucket before this one is filled next
+            self._settle(loading, 0)
         finally:
-            self._settle()
+            wait(loading)  # the engine reads these buckets; what else goes wrong follows from what is raised already
         HERE.stays = self._said(staying.result())
         return {"bytes": float(sent), "tensors": float(count)} if self._first else {}
 
@@ -78,12 +80,13 @@ class HandleTransport:
         """Whether the engine will keep its memory while the ranks train next."""
         return self._first and bool(self._engine.ask("stay", room, timeout=self._timeout))
 
-    def _said(self, stays: bool) -> bool:
+    def _said[T](self, value: T) -> T:
         """What the first rank was told, on every rank."""
-        said = [stays]
+        said: list[Any] = [value]
         if self._group is not None:
             dist.broadcast_object_list(said, group=self._group, group_src=0)
-        return said[0]
+        first: T = said[0]
+        return first
 
     def _load(self, bucket: wire.Tensors, names: str) -> None:
         try:
@@ -91,11 +94,14 @@ class HandleTransport:
         except Exception as error:
             raise TransportError(f"{self._engine.name} did not load {names}: {error}") from error
 
-    def _settle(self) -> None:
-        """Wait until the engine has loaded the bucket before this one. Raises what went wrong."""
-        loading, self._loading = self._loading, None
-        if loading:
-            loading.result()
+    def _settle(self, loading: list[Future[None]], most: int) -> None:
+        """Wait until the engine has at most so many buckets to load. Raises what went wrong first, on every rank: they
+        fill again what the engine has read, and none waits for one that gave up."""
+        fault: BaseException | None = None
+        while len(loading) > most and fault is None:
+            fault = loading.pop(0).exception()
+        if told := self._said(str(fault or "")):
+            raise fault or TransportError(told)
 
 
 def _serialize(flat: Flat | tuple[()]) -> str:

@@ -19,7 +19,7 @@ STARTS = 3  # of a successor, which may have to wait for the memory of the serve
 AGAIN_S = 2.0  # between two of them
 LOOK_S, PULSE_S = 1.0, 10.0  # between two looks at the process; between two questions to its scheduler
 ABORT_S = 3.0  # to close an update in which nothing was changed, before the server is replaced all the same
-IDLE_S = 5  # for requests in flight to finish before memory is taken away
+FORGET = "/flush_cache?timeout=5"  # what was computed of any prompt, once nothing is in flight, by then
 
 
 class SGLangEngine:
@@ -51,8 +51,8 @@ class SGLangEngine:
 
         ``start_timeout_s``: for the server to start and to load its weights. ``timeout_s``: to load a bucket, or to
         meet the others of a group. ``backend`` of these groups. ``vocab``: tokens the model has, 0 when that is not
-        known. ``turns``: trainers use the same GPUs; the server has no memory there from ``begin_update`` on, and takes
-        it again as weights arrive, but where both fit and it ``may_stay``. ``hang_s``: a scheduler that says nothing
+        known. ``turns``: trainers use the same GPUs; the server has no memory there from ``sleep`` on, and takes it
+        again as weights arrive, but where both fit and it ``may_stay``. ``hang_s``: a scheduler that says nothing
         for so long, though it was told to do nothing long, hangs. ``command`` starts the server, where that is not the
         stock one of this interpreter; ``host`` is where it listens, where that is not this machine's own address.
         """
@@ -66,7 +66,7 @@ class SGLangEngine:
         self._paused = False
         self._session: Live | None = None  # the server that is being updated
         self._turns = Turns(turns, may_stay)
-        self._turning = asyncio.Lock()  # falls asleep or wakes up
+        self._beginning, self._loading = asyncio.Lock(), asyncio.Lock()  # an update, a bucket: each in its turn
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
@@ -76,10 +76,8 @@ class SGLangEngine:
     # -- sampling ------------------------------------------------------------------------------------------------
 
     async def address(self) -> str:
-        """Where to send requests: a URL, with a mark behind # that every reply must carry (see ``wire.stamp``).
-
-        Answers at once. Raises EngineError with the reason when the engine serves nothing now.
-        """
+        """Where to send requests: a URL, with a mark behind # that every reply must carry (see ``wire.stamp``). Answers
+        at once. Raises EngineError with the reason when the engine serves nothing now."""
         if not self._starting.done():
             raise EngineError(f"its server is starting{f'; {self._refusal}' if self._refusal else ''}")
         live = self._starting.result()
@@ -141,42 +139,49 @@ class SGLangEngine:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    async def begin_update(self) -> None:
+    async def sleep(self) -> bool:
+        """Begin the update behind a training, for which it gives its memory up; False, at once, where both fit."""
+        return self._turns.gives and await self.begin_update()
+
+    async def begin_update(self) -> bool:
         """Stop writing tokens, and expect every tensor of the model, through ``load``.
 
         Waits for a server that is starting. Requests in flight wait too and go on with the new weights; 0.5.16, which
         would keep what it computed for them with the old ones, has them come back aborted instead (see ``aborted``).
         Where trainers use the same GPUs its memory is theirs until the first ``load``, unless both fit: see ``stay``.
-        Asked twice, it waits once.
+        False where an update had begun already.
         """
-        async with self._turning:
+        async with self._beginning:
             live = await self._live()
             if self._session is live:
-                return
+                return False
             self._loads = 0
             if not live.sessions:
                 await self._unpin(live)
                 await self._long(live, "/pause_generation", {"mode": "abort"})
             # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush later.
             await live.call.repeat("/pause_generation", {"mode": "retract"})
-            await (self.release(["kv_cache", "weights"]) if self._turns.begin() else self._open(live))
+            if not (gives := self._turns.begin()) and self._turns.shared:
+                await live.call.repeat(FORGET)  # nothing is in flight, so now, behind the training, and not at the end
+            await (self.release(["kv_cache", "weights"]) if gives else self._open(live))
             self._session = live
+            return True
 
     async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
-        """Have the server load a bucket. Returns no checksums: it has none of single tensors as they were sent.
-
-        Raises TransportError with what the server says is wrong; ``abort_update`` then replaces the server.
-        """
+        """Have the server load a bucket, after those that came before. Returns no checksums: it has none of single
+        tensors as they were sent. Raises TransportError with what is wrong; ``abort_update`` replaces the server."""
         live = self._updating("weights arrived outside an update; call begin_update first")
         path, body = wire.update(bucket)
         self._loads += 1
         try:
-            async with self._turning:
+            async with self._loading:
+                if self._session is not live:
+                    raise EngineError("its update was given up meanwhile")
                 if self._turns.asleep:
                     await self.restore(["weights"])
                     await self._open(live)
                     self._turns.asleep = False
-            await self._long(live, path, body)
+                await self._long(live, path, body)
         except EngineError as error:
             raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
         return {}
@@ -206,7 +211,8 @@ class SGLangEngine:
                 wire.compare(self._disk, await self.checksums())
             if self._turns.slept:
                 await self.restore(["kv_cache"])
-            await live.call.repeat("/flush_cache")
+            if not self._turns.shared:
+                await live.call.repeat("/flush_cache")
             stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
             await live.call.repeat("/update_weight_version", {"new_version": stamped, "abort_all_requests": False})
             if not self._paused:
@@ -233,9 +239,7 @@ class SGLangEngine:
 
     async def join(self, address: str, port: int, rank_offset: int, world: int, name: str) -> None:
         """Enter the group ``name`` of ``world`` ranks that meets at ``address``, as ranks ``rank_offset`` and up.
-
-        Returns once all of them are there. A server that was replaced is in no group any more.
-        """
+        Returns once all of them are there. A server that was replaced is in no group any more."""
         where = {"master_address": address, "master_port": port}
         place = {"rank_offset": rank_offset, "world_size": world, "group_name": name, "backend": self._backend}
         live = await self._live()
@@ -258,11 +262,7 @@ class SGLangEngine:
         or of this one before an update that changes nothing. 0.5.16 has none without a GPU: raises EngineError.
         """
         told = await self._long(await self._live(), "/weights_checker", {"action": "checksum"})
-        return {
-            f"{rank}/{name}": value
-            for rank, info in enumerate(told["ranks"])
-            for name, value in info["checksums"].items()
-        }
+        return wire.checksums(told["ranks"])
 
     async def ready(self) -> str:
         """Wait for the server. Returns what it has, in words."""
@@ -274,13 +274,10 @@ class SGLangEngine:
     # -- memory --------------------------------------------------------------------------------------------------
 
     async def release(self, tags: list[str]) -> None:
-        """Free the memory of "weights", "kv_cache" or "cuda_graph". Raises EngineError while requests are in flight.
-
-        What was in it is lost.
-        """
+        """Free the memory of "weights", "kv_cache" or "cuda_graph": what was in it is lost. Raises EngineError while
+        requests are in flight."""
         live = await self._live()
-        # The server ends itself when it is asked this while it works: it must be known to be idle.
-        await live.call.repeat(f"/flush_cache?timeout={IDLE_S}")
+        await live.call.repeat(FORGET)  # the server ends itself when it is asked this while it works
         await self._long(live, "/release_memory_occupation", {"tags": tags})
 
     async def restore(self, tags: list[str]) -> None:

@@ -15,9 +15,14 @@ class Turns:
     slept: bool = False  # it gave its memory up in this update
     asleep: bool = False  # and has not taken it again
 
+    @property
+    def gives(self) -> bool:
+        """Whether memory is to be given up for a training."""
+        return self.shared and not self.stays
+
     def begin(self) -> bool:
         """An update begins: whether memory is to be given up."""
-        self.slept = self.asleep = self.shared and not self.stays
+        self.slept = self.asleep = self.gives
         return self.asleep
 
     def stay(self, room: int, size: int | None) -> bool:

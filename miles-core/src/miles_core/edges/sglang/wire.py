@@ -67,6 +67,11 @@ def update(bucket: Tensors | Broadcast) -> tuple[str, dict[str, Any]]:
     return path, body | {"load_format": bucket.load_format or None, "flush_cache": False}
 
 
+def checksums(ranks: list[dict[str, Any]]) -> dict[str, str]:
+    """Those that the server's tensor-parallel ranks tell: "0/model.norm.weight" and so on."""
+    return {f"{i}/{name}": value for i, told in enumerate(ranks) for name, value in told["checksums"].items()}
+
+
 def compare(disk: dict[str, str], now: dict[str, str]) -> None:
     """Raise TransportError where checksums of weights are not those that the server had of the model on disk."""
     if wrong := [name for name in disk if now.get(name) != disk[name]]:
