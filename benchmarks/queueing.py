@@ -1,0 +1,273 @@
+"""The queue beside the bare object store, many groups through it, and many times its memory.
+
+    python benchmarks/queueing.py --out benchmarks/results/queue
+
+writes ``queue.json`` and ``queue.md``, row by row. Everything is real: a local Ray, the queue's process, its journal on
+the file system of ``--folder``. ``rate`` puts, gets and forgets values of 1 MB, as many under way as in a run; beside
+each round the same process puts as many of the same values into the object store and gets them back, and for the disk's
+sake the same bytes are written to a plain file. A round of the queue ends when all of it is written to the journal.
+``many`` is small groups, ``flow`` is 1 MB groups through a small memory where the consumer is behind the producer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from miles_core.edges.cluster.cluster import RayCluster
+from miles_core.edges.cluster.session import Session
+from miles_core.edges.queue.queue import JournaledQueue
+from miles_core.types import Group, Sample
+
+BATCH = 8  # groups that the consumer gets and forgets at once
+BARS = {"of the object store": 0.8, "grown_mb": 50.0, "last of first": 0.8}
+BEHIND = 4  # pauses of the consumer in ``flow``, of how many batches of the producer it lets wait at most
+MB = 1e6
+
+
+def group(id: int, tokens: int, attempts: int = 16) -> Group:
+    """What a rollout makes of a prompt: 15 bytes a token once pickled."""
+    draw = random.Random(id)
+    each = tokens // attempts
+    samples = [
+        Sample(id=f"{id}/{i}", tokens=[draw.randrange(256, 60_000) for _ in range(each)], mask=[True] * each,
+               logprobs=[-draw.random() for _ in range(each)], versions=[3] * each, rewards={"exact": 1.0})
+        for i in range(attempts)
+    ]  # fmt: skip
+    return Group(id, samples)
+
+
+def kind(name: str) -> list[Any]:
+    """Values of 1 MB, different ones: groups, which are pickled, and bytes, of which only copies are made."""
+    if name == "groups":
+        return [group(id, 66_600) for id in range(BATCH)]
+    return [random.Random(id).randbytes(1_000_000) for id in range(BATCH)]
+
+
+class Process:
+    """What the kernel says of a process, in MB."""
+
+    def __init__(self, pid: int) -> None:
+        self._folder = Path(f"/proc/{pid}")
+
+    def rss(self) -> dict[str, float]:
+        """All that is resident, and what of it is its own: pages of the object store count for whoever touched them."""
+        lines = dict(line.split(":", 1) for line in (self._folder / "status").read_text().splitlines())
+        names = {"all": "VmRSS", "own": "RssAnon"}
+        return {name: int(lines[key].split()[0]) * 1024 / MB for name, key in names.items()}
+
+    def processor(self) -> float:
+        """Seconds of processors that it has used."""
+        fields = (self._folder / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def written(self) -> float:
+        lines = dict(line.split(": ") for line in (self._folder / "io").read_text().splitlines())
+        return int(lines["wchar"]) / MB
+
+
+@asynccontextmanager
+async def queues(folder: Path, store: int, memory: int, capacity: int) -> AsyncIterator[tuple[JournaledQueue, Process]]:
+    """A queue on a Ray of its own, sizes in MiB, and the process of its journal."""
+    options = {"address": "local", "num_cpus": 4, "object_store_memory": store << 20, "include_dashboard": False}
+    with tempfile.TemporaryDirectory(dir=folder, prefix="queue-") as name:
+        cluster = RayCluster(Session(options), Path(name), 120)
+        queue = JournaledQueue(cluster, Path(name), memory << 20, capacity << 20, print)
+        try:
+            await queue.open()
+            yield queue, Process(queue._worker.place.pid)  # type: ignore[union-attr]
+        finally:
+            await queue.close()
+            await cluster.close()
+
+
+class Passing:
+    """Values on their way through a queue: a batch is got once a second one waits behind it, and then forgotten."""
+
+    def __init__(self, queue: JournaledQueue, values: list[Any]) -> None:
+        self._queue, self._values, self._next, self._waiting = queue, values, 0, deque[int]()
+
+    async def go(self, count: int) -> None:
+        for _ in range(count):
+            await self._queue.put(self._next, self._values[self._next % len(self._values)])
+            self._waiting.append(self._next)
+            self._next += 1
+            if len(self._waiting) >= 2 * BATCH:
+                await self.take()
+
+    async def take(self) -> None:
+        ids = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+        for id, value in zip(ids, await self._queue.get(ids), strict=True):
+            if type(value) is not type(self._values[0]):
+                raise RuntimeError(f"{id} came back as another thing")
+        await self._queue.forget(ids)
+
+    async def written(self) -> None:
+        while self._queue._pending or self._queue._flying.entries:  # sync would wait for the disk as well
+            await asyncio.sleep(0.0005)
+
+
+def bare(values: list[Any], count: int, waiting: deque[Any]) -> None:
+    """The same with nothing but the object store."""
+    import ray  # not before the session has told it what to print
+
+    for i in range(count):
+        waiting.append(ray.put(values[i % len(values)]))
+        if len(waiting) >= 2 * BATCH:
+            ray.get([waiting[n] for n in range(BATCH)])
+            for _ in range(BATCH):
+                waiting.popleft()
+
+
+def disk(folder: Path, count: int, *, durable: bool) -> None:
+    """As many MB in a plain file, in the page cache or on the disk itself."""
+    data, path = random.Random(0).randbytes(1_000_000), folder / "plain"
+    with path.open("wb", buffering=0) as file:
+        for _ in range(count):
+            file.write(data)
+        if durable:
+            os.fsync(file.fileno())
+    path.unlink()
+
+
+def timed(act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+async def rate(folder: Path, name: str, pairs: int, count: int) -> dict[str, Any]:
+    values = kind(name)
+    took: dict[str, list[float]] = {key: [] for key in ("queue", "object store", "page cache", "disk")}
+    async with queues(folder, 256, 64, 4096) as (queue, process):
+        passing, waiting = Passing(queue, values), deque[Any]()
+        await passing.go(4 * BATCH)
+        bare(values, 4 * BATCH, waiting)
+        before, done = process.written(), 0
+        for _ in range(pairs):
+            took["object store"].append(timed(lambda: bare(values, count, waiting)))
+            began = time.perf_counter()
+            await passing.go(count)
+            await passing.written()
+            took["queue"].append(time.perf_counter() - began)
+            done += count
+            took["page cache"].append(timed(lambda: disk(folder, count, durable=False)))
+            took["disk"].append(timed(lambda: disk(folder, count, durable=True)))
+        journal = (process.written() - before) / done
+    ratios = [store / queue for store, queue in zip(took["object store"], took["queue"], strict=True)]
+    rates = {f"{key}, MB/s": count / median(seconds) for key, seconds in took.items()}
+    return rates | {"of the object store": median(ratios), "each": ratios, "MB written for each": journal}
+
+
+async def through(passing: Passing, process: Process, total: int, step: Callable[[int], Any]) -> dict[str, Any]:
+    """In tenths: their rates, and what the queue's process and this one had after each."""
+    here, rates, busy, theirs, before = Process(os.getpid()), [], [], [process.rss()], process.written()
+    ours = [here.rss()]
+    for _ in range(10):
+        began, used = time.perf_counter(), here.processor() + process.processor()
+        await step(total // 10)
+        rates.append(total // 10 / (time.perf_counter() - began))
+        busy.append((here.processor() + process.processor() - used) / (total // 10) * 1e3)
+        theirs.append(process.rss())
+        ours.append(here.rss())
+    return {
+        "groups": total,
+        "first tenth, groups/s": rates[0],
+        "last tenth, groups/s": rates[-1],
+        "last of first": rates[-1] / rates[0],
+        "first tenth, ms of processors a group": busy[0],
+        "last tenth, ms of processors a group": busy[-1],
+        "MB written": process.written() - before,
+        "grown_mb": max(r["all"] for r in theirs) - theirs[0]["all"],
+        "grown_own_mb": max(r["own"] for r in theirs) - theirs[0]["own"],
+        "driver_grown_mb": max(r["all"] for r in ours) - ours[0]["all"],
+        "tenths": {"groups/s": rates, "ms of processors": busy, "queue": theirs, "driver": ours},
+    }
+
+
+async def many(folder: Path, total: int) -> dict[str, Any]:
+    """Small groups: 2 kB, 64 to 256 of them in the queue."""
+    async with queues(folder, 256, 64, 4096) as (queue, process):
+        passing = Passing(queue, [group(id, 100, 4) for id in range(64)])
+        return await through(passing, process, total, passing.go)
+
+
+async def flow(folder: Path, memory: int, times: int) -> dict[str, Any]:
+    """The queue's memory many times over, half of it or more read back from the journal."""
+    total = times * memory // 10 * 10
+    async with queues(folder, max(memory, 80), memory, 4 * memory) as (queue, process):
+        passing = Passing(queue, kind("groups"))
+        waiting, made = deque[int](), 0
+
+        async def step(count: int) -> None:
+            """The producer is ahead by as much as the capacity allows, four times the memory."""
+            nonlocal made
+            for _ in range(count):
+                while queue.used[0] + 2 * MB > queue.used[1]:
+                    ids = [waiting.popleft() for _ in range(BATCH)]
+                    await queue.get(ids)
+                    await queue.forget(ids)
+                await queue.put(made, passing._values[made % BATCH])
+                waiting.append(made)
+                made += 1
+
+        await step(4 * memory)  # full from here on
+        found = await through(passing, process, total, step)
+        return {"memory, MiB": memory, "times": times} | found
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "rate, groups": lambda a: rate(a.folder, "groups", a.pairs, a.count),
+    "rate, bytes": lambda a: rate(a.folder, "bytes", a.pairs, a.count),
+    "many": lambda a: many(a.folder, a.many),
+    "flow": lambda a: flow(a.folder, a.memory, a.times),
+}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = ["| row | what | measured | bar |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        for what, value in row.items():
+            if isinstance(value, int | float):
+                bar = BARS.get(what, "")
+                lines.append(f"| {name} | {what} | {value:,.{0 if abs(value) > 100 else 2}f} | {bar} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--count", type=int, default=96, help="values of 1 MB in a round")
+    parser.add_argument("--many", type=int, default=100_000)
+    parser.add_argument("--memory", type=int, default=64, help="MiB of the queue in `flow`")
+    parser.add_argument("--times", type=int, default=24, help="how often that much goes through it")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the journal is")
+    parser.add_argument("--out", type=Path, help="a path without suffix; .json and .md are written")
+    args = parser.parse_args()
+    about = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in args.rows:
+        load = os.getloadavg()[0]
+        rows[name] = asyncio.run(ROWS[name](args)) | {"load": load}
+        print(table({name: rows[name]}), flush=True)
+        if args.out:
+            told = {"machine": about, "bars": BARS, "rows": rows}
+            args.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+            args.out.with_suffix(".md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
