@@ -31,9 +31,9 @@ from miles_core.edges.cluster.session import Session
 from miles_core.edges.queue.queue import JournaledQueue
 from miles_core.types import Group, Sample
 
-BATCH = 8  # groups that the consumer gets and forgets at once
+BATCH, WAITING = 8, 16  # values of 1 MB that the consumer takes at once, and that wait before it does
+SMALL_BATCH, SMALL_WAITING = 64, 1024  # of small ones
 BARS = {"of the object store": 0.8, "grown_mb": 50.0, "last of first": 0.8}
-BEHIND = 4  # pauses of the consumer in ``flow``, of how many batches of the producer it lets wait at most
 MB = 1e6
 
 
@@ -94,21 +94,22 @@ async def queues(folder: Path, store: int, memory: int, capacity: int) -> AsyncI
 
 
 class Passing:
-    """Values on their way through a queue: a batch is got once a second one waits behind it, and then forgotten."""
+    """Values on their way through a queue: once enough wait, the oldest ones are got and forgotten."""
 
-    def __init__(self, queue: JournaledQueue, values: list[Any]) -> None:
+    def __init__(self, queue: JournaledQueue, values: list[Any], batch: int, waiting: int) -> None:
         self._queue, self._values, self._next, self._waiting = queue, values, 0, deque[int]()
+        self._batch, self._most = batch, waiting
 
     async def go(self, count: int) -> None:
         for _ in range(count):
             await self._queue.put(self._next, self._values[self._next % len(self._values)])
             self._waiting.append(self._next)
             self._next += 1
-            if len(self._waiting) >= 2 * BATCH:
+            if len(self._waiting) >= self._most:
                 await self.take()
 
     async def take(self) -> None:
-        ids = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+        ids = [self._waiting.popleft() for _ in range(self._batch)]
         for id, value in zip(ids, await self._queue.get(ids), strict=True):
             if type(value) is not type(self._values[0]):
                 raise RuntimeError(f"{id} came back as another thing")
@@ -125,7 +126,7 @@ def bare(values: list[Any], count: int, waiting: deque[Any]) -> None:
 
     for i in range(count):
         waiting.append(ray.put(values[i % len(values)]))
-        if len(waiting) >= 2 * BATCH:
+        if len(waiting) >= WAITING:
             ray.get([waiting[n] for n in range(BATCH)])
             for _ in range(BATCH):
                 waiting.popleft()
@@ -151,27 +152,33 @@ def timed(act: Callable[[], object]) -> float:
 async def rate(folder: Path, name: str, pairs: int, count: int) -> dict[str, Any]:
     values = kind(name)
     took: dict[str, list[float]] = {key: [] for key in ("queue", "object store", "page cache", "disk")}
+    busy: dict[str, list[float]] = {key: [] for key in ("object store", "queue, driver", "queue, journal")}
     async with queues(folder, 256, 64, 4096) as (queue, process):
-        passing, waiting = Passing(queue, values), deque[Any]()
-        await passing.go(4 * BATCH)
-        bare(values, 4 * BATCH, waiting)
+        passing, waiting = Passing(queue, values, BATCH, WAITING), deque[Any]()
+        await passing.go(2 * WAITING)
+        bare(values, 2 * WAITING, waiting)
         before, done = process.written(), 0
         for _ in range(pairs):
+            used = time.process_time()
             took["object store"].append(timed(lambda: bare(values, count, waiting)))
-            began = time.perf_counter()
+            busy["object store"].append(time.process_time() - used)
+            began, used, its = time.perf_counter(), time.process_time(), process.processor()
             await passing.go(count)
             await passing.written()
             took["queue"].append(time.perf_counter() - began)
+            busy["queue, driver"].append(time.process_time() - used)
+            busy["queue, journal"].append(process.processor() - its)
             done += count
             took["page cache"].append(timed(lambda: disk(folder, count, durable=False)))
             took["disk"].append(timed(lambda: disk(folder, count, durable=True)))
         journal = (process.written() - before) / done
     ratios = [store / queue for store, queue in zip(took["object store"], took["queue"], strict=True)]
     rates = {f"{key}, MB/s": count / median(seconds) for key, seconds in took.items()}
-    return rates | {"of the object store": median(ratios), "each": ratios, "MB written for each": journal}
+    each = {f"{key}, ms of processor for each": median(used) / count * 1e3 for key, used in busy.items()}
+    return rates | {"of the object store": median(ratios), "each": ratios} | each | {"MB written for each": journal}
 
 
-async def through(passing: Passing, process: Process, total: int, step: Callable[[int], Any]) -> dict[str, Any]:
+async def through(process: Process, total: int, step: Callable[[int], Any]) -> dict[str, Any]:
     """In tenths: their rates, and what the queue's process and this one had after each."""
     here, rates, busy, theirs, before = Process(os.getpid()), [], [], [process.rss()], process.written()
     ours = [here.rss()]
@@ -198,33 +205,24 @@ async def through(passing: Passing, process: Process, total: int, step: Callable
 
 
 async def many(folder: Path, total: int) -> dict[str, Any]:
-    """Small groups: 2 kB, 64 to 256 of them in the queue."""
+    """Groups of 2 kB, a thousand of them in the queue, and a sync after each tenth as a checkpoint asks for."""
     async with queues(folder, 256, 64, 4096) as (queue, process):
-        passing = Passing(queue, [group(id, 100, 4) for id in range(64)])
-        return await through(passing, process, total, passing.go)
+        passing = Passing(queue, [group(id, 100, 4) for id in range(64)], SMALL_BATCH, SMALL_WAITING)
+
+        async def step(count: int) -> None:
+            await passing.go(count)
+            await queue.sync()
+
+        await step(SMALL_WAITING)
+        return await through(process, total, step)
 
 
 async def flow(folder: Path, memory: int, times: int) -> dict[str, Any]:
-    """The queue's memory many times over, half of it or more read back from the journal."""
-    total = times * memory // 10 * 10
+    """The queue's memory many times over. What waits is three times the memory, so most of it is read from the disk."""
     async with queues(folder, max(memory, 80), memory, 4 * memory) as (queue, process):
-        passing = Passing(queue, kind("groups"))
-        waiting, made = deque[int](), 0
-
-        async def step(count: int) -> None:
-            """The producer is ahead by as much as the capacity allows, four times the memory."""
-            nonlocal made
-            for _ in range(count):
-                while queue.used[0] + 2 * MB > queue.used[1]:
-                    ids = [waiting.popleft() for _ in range(BATCH)]
-                    await queue.get(ids)
-                    await queue.forget(ids)
-                await queue.put(made, passing._values[made % BATCH])
-                waiting.append(made)
-                made += 1
-
-        await step(4 * memory)  # full from here on
-        found = await through(passing, process, total, step)
+        passing = Passing(queue, kind("groups"), BATCH, 3 * memory)
+        await passing.go(3 * memory)
+        found = await through(process, times * memory, passing.go)
         return {"memory, MiB": memory, "times": times} | found
 
 
