@@ -6,7 +6,7 @@ writes ``queue.json`` and ``queue.md``, row by row. Everything is real: a local 
 the file system of ``--folder``. ``rate`` puts, gets and forgets values of 1 MB, as many under way as in a run; beside
 each round the same process puts as many of the same values into the object store and gets them back, and for the disk's
 sake the same bytes are written to a plain file. A round of the queue ends when all of it is written to the journal.
-``many`` is small groups, ``flow`` is 1 MB groups through a small memory where the consumer is behind the producer.
+``many`` is small groups, ``flow`` is values of 1 MB through a small memory where the consumer is behind the producer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from miles_core.types import Group, Sample
 
 BATCH, WAITING = 8, 16  # values of 1 MB that the consumer takes at once, and that wait before it does
 SMALL_BATCH, SMALL_WAITING = 64, 1024  # of small ones
-BARS = {"of the object store": 0.8, "grown_mb": 50.0, "last of first": 0.8}
+BARS = {"of the object store": 0.8, "grown, MB": 50.0, "last of first": 0.8}
 MB = 1e6
 
 
@@ -178,10 +178,13 @@ async def rate(folder: Path, name: str, pairs: int, count: int) -> dict[str, Any
     return rates | {"of the object store": median(ratios), "each": ratios} | each | {"MB written for each": journal}
 
 
-async def through(process: Process, total: int, step: Callable[[int], Any]) -> dict[str, Any]:
-    """In tenths: their rates, and what the queue's process and this one had after each."""
-    here, rates, busy, theirs, before = Process(os.getpid()), [], [], [process.rss()], process.written()
-    ours = [here.rss()]
+async def through(process: Process, full: int, total: int, step: Callable[[int], Any]) -> dict[str, Any]:
+    """Fill the queue, then go on in tenths: their rates, and what the queue's process and this one had after each."""
+    here, rates, busy, before = Process(os.getpid()), [], [], process.written()
+    theirs, ours = [process.rss()], [here.rss()]
+    await step(full)
+    theirs.append(process.rss())
+    ours.append(here.rss())
     for _ in range(10):
         began, used = time.perf_counter(), here.processor() + process.processor()
         await step(total // 10)
@@ -197,9 +200,10 @@ async def through(process: Process, total: int, step: Callable[[int], Any]) -> d
         "first tenth, ms of processors a group": busy[0],
         "last tenth, ms of processors a group": busy[-1],
         "MB written": process.written() - before,
-        "grown_mb": max(r["all"] for r in theirs) - theirs[0]["all"],
-        "grown_own_mb": max(r["own"] for r in theirs) - theirs[0]["own"],
-        "driver_grown_mb": max(r["all"] for r in ours) - ours[0]["all"],
+        "grown, MB": max(r["own"] for r in theirs) - theirs[0]["own"],
+        "grown with pages of the object store, MB": max(r["all"] for r in theirs) - theirs[0]["all"],
+        "grown since it was full, MB": max(r["all"] for r in theirs) - theirs[1]["all"],
+        "driver grown since it was full, MB": max(r["all"] for r in ours) - ours[1]["all"],
         "tenths": {"groups/s": rates, "ms of processors": busy, "queue": theirs, "driver": ours},
     }
 
@@ -213,22 +217,20 @@ async def many(folder: Path, total: int) -> dict[str, Any]:
             await passing.go(count)
             await queue.sync()
 
-        await step(SMALL_WAITING)
-        return await through(process, total, step)
+        return await through(process, SMALL_WAITING, total, step)
 
 
 async def flow(folder: Path, memory: int, times: int) -> dict[str, Any]:
     """The queue's memory many times over. What waits is three times the memory, so most of it is read from the disk."""
     async with queues(folder, max(memory, 80), memory, 4 * memory) as (queue, process):
-        passing = Passing(queue, kind("groups"), BATCH, 3 * memory)
-        await passing.go(3 * memory)
-        found = await through(process, times * memory, passing.go)
+        passing = Passing(queue, kind("bytes"), BATCH, 3 * memory)
+        found = await through(process, 3 * memory, times * memory, passing.go)
         return {"memory, MiB": memory, "times": times} | found
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "rate, groups": lambda a: rate(a.folder, "groups", a.pairs, a.count),
-    "rate, bytes": lambda a: rate(a.folder, "bytes", a.pairs, a.count),
+    "rate, bytes": lambda a: rate(a.folder, "bytes", a.pairs, 4 * a.count),
     "many": lambda a: many(a.folder, a.many),
     "flow": lambda a: flow(a.folder, a.memory, a.times),
 }
@@ -248,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--count", type=int, default=96, help="values of 1 MB in a round")
+    parser.add_argument("--count", type=int, default=96, help="groups of 1 MB in a round; of bytes four times as many")
     parser.add_argument("--many", type=int, default=100_000)
     parser.add_argument("--memory", type=int, default=64, help="MiB of the queue in `flow`")
     parser.add_argument("--times", type=int, default=24, help="how often that much goes through it")
