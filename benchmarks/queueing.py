@@ -249,11 +249,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--count", type=int, default=96, help="groups of 1 MB in a round; of bytes four times as many")
     parser.add_argument("--many", type=int, default=100_000)
     parser.add_argument("--memory", type=int, default=64, help="MiB of the queue in `flow`")
-    parser.add_argument("--times", type=int, default=24, help="how often that much goes through it")
+    parser.add_argument("--times", type=int, default=48, help="how often that much goes through it")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the journal is")
     parser.add_argument("--out", type=Path, help="a path without suffix; .json and .md are written")
     args = parser.parse_args()
