@@ -2,11 +2,11 @@
 
     python benchmarks/queueing.py --out benchmarks/results/queue
 
-writes ``queue.json`` and ``queue.md``, row by row. Everything is real: a local Ray, the queue's process, its journal on
-the file system of ``--folder``. ``rate`` puts, gets and forgets values of 1 MB, as many under way as in a run; beside
-each round the same process puts as many of the same values into the object store and gets them back, and for the disk's
-sake the same bytes are written to a plain file. A round of the queue ends when all of it is written to the journal.
-``many`` is small groups, ``flow`` is values of 1 MB through a small memory where the consumer is behind the producer.
+writes ``queue.json`` and ``queue.md``, row by row; rows that are not measured again stay. Everything is real: a local
+Ray, the queue's process, its journal on the file system of ``--folder``. ``rate`` puts, gets and forgets values of 1 MB,
+as many under way as in a run; beside each round the same process puts as many of the same values into the object store
+and gets them back, and writes as many bytes to a plain file. A round of the queue ends when nothing is left to write to
+the journal. ``many`` is small groups, ``flow`` is values of 1 MB through a small memory, the consumer far behind.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ async def many(folder: Path, total: int) -> dict[str, Any]:
 
 async def flow(folder: Path, memory: int, times: int) -> dict[str, Any]:
     """The queue's memory many times over. What waits is three times the memory, so most of it is read from the disk."""
-    async with queues(folder, max(memory, 80), memory, 4 * memory) as (queue, process):
+    store = 4 * memory  # as by default: what is read back passes through it, and without room there waits for some
+    async with queues(folder, store, memory, 4 * memory) as (queue, process):
         passing = Passing(queue, kind("bytes"), BATCH, 3 * memory)
         found = await through(process, 3 * memory, times * memory, passing.go)
         return {"memory, MiB": memory, "times": times} | found
@@ -258,14 +259,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a path without suffix; .json and .md are written")
     args = parser.parse_args()
     about = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-    rows: dict[str, dict[str, Any]] = {}
+    told = args.out and args.out.with_suffix(".json")
+    rows: dict[str, dict[str, Any]] = json.loads(told.read_text())["rows"] if told and told.exists() else {}
     for name in args.rows:
         load = os.getloadavg()[0]
         rows[name] = asyncio.run(ROWS[name](args)) | {"load": load}
         print(table({name: rows[name]}), flush=True)
-        if args.out:
-            told = {"machine": about, "bars": BARS, "rows": rows}
-            args.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        if told:
+            told.write_text(json.dumps({"machine": about, "bars": BARS, "rows": rows}, indent=1) + "\n")
             args.out.with_suffix(".md").write_text(table(rows))
 
 
