@@ -3,10 +3,11 @@
     python benchmarks/queueing.py --out benchmarks/results/queue
 
 writes ``queue.json`` and ``queue.md``, row by row; rows that are not measured again stay. Everything is real: a local
-Ray, the queue's process, its journal on the file system of ``--folder``. ``rate`` puts, gets and forgets values of 1 MB,
-as many under way as in a run; beside each round the same process puts as many of the same values into the object store
-and gets them back, and writes as many bytes to a plain file. A round of the queue ends when nothing is left to write to
-the journal. ``many`` is small groups, ``flow`` is values of 1 MB through a small memory, the consumer far behind.
+Ray, the queue's process, its journal on the file system of ``--folder``. ``rate`` puts, gets and forgets values of
+1 MB, as many under way as in a run; beside each round the same process puts as many of the same values into the object
+store and gets them back, and writes as many bytes to a plain file. A round of the queue ends when nothing is left to
+write to the journal. ``many`` is small groups, ``flow`` is values of 1 MB through a small memory, the consumer far
+behind.
 """
 
 from __future__ import annotations
