@@ -221,9 +221,8 @@ async def many(folder: Path, total: int) -> dict[str, Any]:
         return await through(process, SMALL_WAITING, total, step)
 
 
-async def flow(folder: Path, memory: int, times: int) -> dict[str, Any]:
+async def flow(folder: Path, store: int, memory: int, times: int) -> dict[str, Any]:
     """The queue's memory many times over. What waits is three times the memory, so most of it is read from the disk."""
-    store = 4 * memory  # as by default: what is read back passes through it, and without room there waits for some
     async with queues(folder, store, memory, 4 * memory) as (queue, process):
         passing = Passing(queue, kind("bytes"), BATCH, 3 * memory)
         found = await through(process, 3 * memory, times * memory, passing.go)
@@ -234,7 +233,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "rate, groups": lambda a: rate(a.folder, "groups", a.pairs, a.count),
     "rate, bytes": lambda a: rate(a.folder, "bytes", a.pairs, 4 * a.count),
     "many": lambda a: many(a.folder, a.many),
-    "flow": lambda a: flow(a.folder, a.memory, a.times),
+    "flow": lambda a: flow(a.folder, a.store, a.memory, a.times),
 }
 
 
@@ -254,6 +253,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--count", type=int, default=96, help="groups of 1 MB in a round; of bytes four times as many")
     parser.add_argument("--many", type=int, default=100_000)
+    parser.add_argument("--store", type=int, default=256, help="MiB of the object store in `flow`")
     parser.add_argument("--memory", type=int, default=64, help="MiB of the queue in `flow`")
     parser.add_argument("--times", type=int, default=48, help="how often that much goes through it")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the journal is")
