@@ -194,7 +194,11 @@ def test_a_sync_that_finds_the_disk_full_writes_again_what_is_left_and_names_wha
     ids = [5, 6, 7, 8, 9]
     journal.write([], ids, [payload(id) for id in ids])
     path, at = tmp_path / f"{3:08d}.seg", LABEL + EACH + HEADER  # group 6
-    fsync, failed = os.fsync, []
+    fsync, pwrite, failed, again = os.fsync, os.pwrite, [], set[bytes]()
+
+    def counted(handle: int, data: bytes, at: int) -> int:
+        again.update(payload(id) for id in ids if payload(id) in bytes(data))
+        return pwrite(handle, data, at)
 
     def forgetful(handle: int) -> None:
         if len(failed) < 2:
@@ -205,8 +209,10 @@ def test_a_sync_that_finds_the_disk_full_writes_again_what_is_left_and_names_wha
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", forgetful)
+    monkeypatch.setattr(os, "pwrite", counted)
     assert [journal.sync()[1] for _ in range(2)] == [str(OSError(number, os.strerror(number)))] * 2
     assert journal.sync() == ([6], "")
+    assert again == {payload(id) for id in (5, 7, 8, 9)}  # a second fsync alone would find nothing to write
     assert [bytes(data) for data in journal.read([1, 5, 7, 8, 9])] == [payload(id) for id in (1, 5, 7, 8, 9)]
     with pytest.raises(LookupError):
         journal.read([6])
