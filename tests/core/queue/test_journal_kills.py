@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from miles_core.edges.queue import journal as module
+from miles_core.edges.queue import disk
 from miles_core.edges.queue.journal import Journal
 
 SEGMENT = 1 << 14  # small, so that segments turn and go all the time
@@ -21,7 +21,7 @@ WRITER = """
 import random, sys
 from miles_core.edges.queue.journal import Journal
 
-journal, draw = Journal(sys.argv[1], 1 << 14), random.Random(int(sys.argv[2]))
+journal, draw = Journal(sys.argv[1], 1 << 14, "one"), random.Random(int(sys.argv[2]))
 live, _ = journal.open()
 live, id = list(live), int(sys.argv[3])
 while True:
@@ -56,7 +56,7 @@ def test_killed_anywhere_it_has_what_it_said_it_wrote_and_once(tmp_path: Path) -
                 forgotten |= {int(id) for id in ids}
             else:
                 (kept if what == "wrote" else begun).update(map(int, ids))
-        journal = Journal(str(tmp_path), SEGMENT)
+        journal = Journal(str(tmp_path), SEGMENT, "one")
         found, _ = journal.open()
         assert kept - forgotten <= found.keys() <= begun
         assert [bytes(data) for data in journal.read(list(found))] == [payload(id) for id in found]
@@ -83,7 +83,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_journal_whose_disk_is_really_full_says_how_far_it_came_and_goes_on(small: Path) -> None:
-    journal, ids = Journal(str(small), SEGMENT), list(range(1, 200))
+    journal, ids = Journal(str(small), SEGMENT, "one"), list(range(1, 200))
     journal.open()
     done, why = journal.write([], ids, [bytes(4000)] * len(ids))
     assert 20 < done < len(ids) and "No space left on device" in why
@@ -91,7 +91,7 @@ def test_a_journal_whose_disk_is_really_full_says_how_far_it_came_and_goes_on(sm
     again, _ = journal.write(ids[:10], ids[done:], [bytes(4000)] * (len(ids) - done))
     assert 0 < again <= 10
     journal.close()
-    found, damage = Journal(str(small), SEGMENT).open()
+    found, damage = Journal(str(small), SEGMENT, "one").open()
     assert list(found) == ids[10 : done + again] and not damage
 
 
@@ -100,10 +100,10 @@ def test_a_clock_that_jumps_changes_neither_order_nor_the_wait_for_a_lock(
 ) -> None:
     clock = iter([1e9, -5.0, 2e9, 0.0] * 1000)
     monkeypatch.setattr(time, "time", lambda: next(clock))
-    journal = Journal(str(tmp_path), SEGMENT)
+    journal = Journal(str(tmp_path), SEGMENT, "one")
     journal.open()
     for id in (5, 3, 9, 1):
         journal.write([], [id], [b"x" * id])
-    monkeypatch.setattr(module, "LOCK_S", 5.0)
+    monkeypatch.setattr(disk, "LOCK_S", 5.0)
     threading.Timer(0.1, journal.close).start()
-    assert list(Journal(str(tmp_path), SEGMENT).open()[0]) == [5, 3, 9, 1]
+    assert list(Journal(str(tmp_path), SEGMENT, "one").open()[0]) == [5, 3, 9, 1]

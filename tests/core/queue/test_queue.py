@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.queue.journal import Journal
 from miles_core.edges.queue.queue import JournaledQueue
-from miles_core.edges.queue.segment import header, scan
+from miles_core.edges.queue.segment import LABEL, header, scan
 from miles_core.testing.threads import Threads
 from miles_core.types import Group, Refused, Sample
 
@@ -82,7 +82,7 @@ def test_a_full_queue_waits_and_one_that_can_never_take_a_group_is_refused(tmp_p
 
 
 def written(folder: Path, sizes: list[int]) -> Path:
-    journal = Journal(str(folder), 1 << 20)
+    journal = Journal(str(folder), 1 << 20, "one")
     journal.open()
     journal.write([], list(range(len(sizes))), [bytes([i % 251]) * size for i, size in enumerate(sizes)])
     journal.close()
@@ -99,13 +99,13 @@ def test_cut_anywhere_every_record_before_the_cut_is_whole(
     cut = data.draw(st.integers(0, whole))
     with path.open("r+b") as file:
         file.truncate(cut)
-    ends, at = [], 0
+    ends, at = [], LABEL
     for i, size in enumerate(sizes):
         at += len(header(i, b"")) + size
         ends.append(at)
     found = scan(path)
     assert [head.id for _, head in found.records] == [i for i, end in enumerate(ends) if end <= cut]
-    assert bool(found.damage) == (cut not in (0, *ends))
+    assert bool(found.flaws) == (cut not in (0, LABEL, *ends))
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ..edges.identity import run_id
+from ..edges.queue.salvage import salvage as mend_queue
 from ..edges.store.ledger.audit import Audit, audit
 from ..edges.store.ledger.lines import NAME
 from ..edges.store.ledger.salvage import salvage as mend
@@ -15,7 +17,7 @@ from ..types import Refused
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--salvage", is_flag=True, help="Put what can be read in the place of a damaged ledger first.")
+@click.option("--salvage", is_flag=True, help="Put what can be read in the place of a damaged ledger or queue first.")
 def command(run: Path, salvage: bool) -> None:
     """Prove from its ledger that the run in folder RUN lost no prompt and trained on none twice.
 
@@ -25,7 +27,9 @@ def command(run: Path, salvage: bool) -> None:
     if not path.is_file():
         raise Refused(f"no ledger is at {path}; is {run} the folder of a run?")
     if salvage:
-        click.echo("\n".join(mend(path)) + "\n")
+        queue = run / "queue"
+        said = [*mend(path), *(mend_queue(queue, run_id(run)) if queue.is_dir() else [])]
+        click.echo("\n".join(said) + "\n")
     found = audit(path)
     for name, text in _summary(found):
         click.echo(f"{name:<12} {text}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import time
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,11 +11,9 @@ from pathlib import Path
 from pickle import PickleBuffer
 from typing import Any
 
-from ...types import Refused
-from .segment import GONE, HEADER, header, parse, scan
-
-FULL = {errno.ENOSPC, errno.EDQUOT}  # mended by waiting
-LOCK_S = 10.0  # for the one that wrote here before to be gone
+from .disk import FULL, claim, promise, promised, sync, sync_again
+from .segment import GONE, HEADER, LABEL, header, label, parse, rewrite, scan
+from .survey import survey
 
 
 @dataclass(slots=True)
@@ -44,34 +39,39 @@ class Journal:
     its whole size on disk, so ids that are kept much longer than their neighbours cost up to ``segment_bytes`` each.
     """
 
-    def __init__(self, folder: str, segment_bytes: int) -> None:
-        """Raises Refused where another process still writes to ``folder``."""
-        self._folder, self._segment_bytes = Path(folder), segment_bytes
+    def __init__(self, folder: str, segment_bytes: int, run: str) -> None:
+        """``run`` is the run's id. Raises Refused where another process still writes to ``folder``."""
+        self._folder, self._segment_bytes, self._run = Path(folder), segment_bytes, run
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _claim(self._folder / "lock")
+        self._lock = claim(self._folder)
         self._segments: dict[int, Segment] = {}
         self._spots: dict[int, Spot] = {}
         self._dirty: set[int] = set()
+        self._suspect: set[int] = set()  # segments that a sync failed on: who knows what of them is on the disk
         self._active, self._file = 0, -1  # the segment that is appended to, and its descriptor; -1 is none yet
 
     def open(self) -> tuple[dict[int, int], list[str]]:
-        """Ids and sizes in the order they were written, and what of the disk's content could not be used."""
-        damage: list[str] = []
+        """Ids and sizes in the order they were written, and what was cut from the journal's end, in words.
+
+        Raises Refused, and nothing was changed, where the journal is of another run or format, or is damaged before
+        something that a sync promised.
+        """
+        found = survey(self._folder, self._run)
+        found.refuse()
+        cut = found.cut()
+        self._active = found.promised[0]  # numbers up to it are not given again: it would speak of other bytes
         gone: list[Spot] = []
-        for number, path in sorted((int(path.stem), path) for path in self._folder.glob("*.seg")):
-            found = scan(path)
-            damage += found.damage
-            os.truncate(path, found.end)
-            self._segments[number] = Segment(path, found.end)
-            self._active = number
+        for number, one in found.scans.items():
+            self._segments[number] = Segment(one.path, one.size)
+            self._active = max(self._active, number)
             self._dirty.add(number)
-            for at, head in found.records:
+            for at, head in one.records:
                 if not head.gone:
                     gone += self._place(head.id, Spot(number, at, head.length))
         self._drop(gone)
         for number in [number for number, segment in self._segments.items() if not segment.live]:
             self._delete(number)
-        return {id: spot.length for id, spot in self._spots.items()}, damage
+        return {id: spot.length for id, spot in self._spots.items()}, cut
 
     def write(self, gone: list[int], ids: list[int], small: list[Any], *large: Any) -> tuple[int, str]:
         """Forget ``gone``, then append payloads: ``small`` has None for each one that comes as an argument of its own.
@@ -102,20 +102,38 @@ class Journal:
                 payloads += [_payload(file.fileno(), id, spot, file.name) for id, spot in run]
         return payloads
 
-    def sync(self) -> None:
-        """Make all that was written durable. Raises OSError where the disk does not take it."""
-        for number in sorted(self._dirty & self._segments.keys()):
-            _sync(self._segments[number].path)
-            self._dirty.discard(number)
+    def sync(self) -> tuple[list[int], str]:
+        """Make all that was written durable. Returns ids that are lost, and why the rest is not durable yet.
+
+        That is "" or a disk that is full, as only a sync may find out: the kernel may have given up what it could not
+        write, and the ids of that are lost here. Raises OSError of another kind.
+        """
+        lost: list[int] = []
+        try:
+            for number in sorted(self._suspect & self._segments.keys()):
+                lost += self._restore(number)
+                self._suspect.discard(number)
+            for number in sorted(self._dirty & self._segments.keys()):
+                sync(self._segments[number].path)
+                self._dirty.discard(number)
+            sync(self._folder)
+            if self._segments:
+                last = max(self._segments)
+                promise(self._folder, last, self._segments[last].end)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._suspect |= self._dirty
+            return lost, str(error)
         self._dirty.clear()
-        _sync(self._folder)
+        self._suspect.clear()
+        return lost, ""
 
     def close(self) -> None:
         """Let another process write here."""
-        if self._file >= 0:
-            os.close(self._file)
+        self._leave()
         os.close(self._lock)
-        self._file = self._lock = -1
+        self._lock = -1
 
     def _append(self, id: int, payload: memoryview) -> None:
         if self._file < 0 or self._segments[self._active].end >= self._segment_bytes:
@@ -138,10 +156,16 @@ class Journal:
         number = self._active + 1
         path = self._folder / f"{number:08d}.seg"
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            _write(file, label(self._run), memoryview(b""), 0)
+        except OSError:
+            os.close(file)
+            path.unlink()
+            raise
         if self._file >= 0:
             os.close(self._file)
         before, self._active, self._file = self._active, number, file
-        self._segments[number] = Segment(path)
+        self._segments[number] = Segment(path, LABEL)
         if before in self._segments and not self._segments[before].live:
             self._delete(before)
 
@@ -159,13 +183,40 @@ class Journal:
             segment.live -= len(marks)
             if segment.live:
                 _mark(segment.path, marks)
-            elif self._file < 0 or number != self._active:
+            else:
                 self._delete(number)
-            else:  # the room is given back, and the segment begins anew
-                os.ftruncate(self._file, 0)
-                segment.end = 0
+
+    def _restore(self, number: int) -> list[int]:
+        """Write a segment once more after a sync that failed, without what the kernel lost. Returns the ids of that."""
+        path, since = self._segments[number].path, promised(self._folder)
+        sync_again(path, since[1] if since[0] == number else 0)
+        found = scan(path)
+        if not found.flaws:
+            return []
+        rewrite(found, self._run)
+        if number == self._active:
+            self._leave()
+        before = {id for id, spot in self._spots.items() if spot.segment == number}
+        for id in before:
+            del self._spots[id]
+        now = scan(path)
+        self._segments[number] = Segment(path, now.size)
+        for at, head in now.records:
+            if head.id in before:
+                self._drop(self._place(head.id, Spot(number, at, head.length)))
+        if not self._segments[number].live:
+            self._delete(number)
+        return sorted(before - self._spots.keys())
+
+    def _leave(self) -> None:
+        """Append to the active segment no more: the next record begins another."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
     def _delete(self, number: int) -> None:
+        if number == self._active:
+            self._leave()
         self._segments.pop(number).path.unlink(missing_ok=True)
 
 
@@ -189,24 +240,3 @@ def _mark(path: Path, offsets: list[int]) -> None:
     with suppress(OSError), path.open("r+b", buffering=0) as file:
         for at in offsets:
             os.pwrite(file.fileno(), GONE, at)
-
-
-def _claim(path: Path) -> int:
-    """Lock a file for as long as this process lives."""
-    file, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise Refused(f"{path.parent}: another process of a run writes here; end it first") from None
-            time.sleep(0.05)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

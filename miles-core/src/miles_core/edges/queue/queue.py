@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...types import Refused
+from ..identity import run_id
 from ..protocols import Cluster, Process, Worker, WorkerDied
 
 TARGET = "miles_core.edges.queue.journal:Journal"
@@ -23,6 +24,7 @@ TURN = 1 << 20  # bytes put before the event loop gets a turn, so that they are 
 RETRY_S = 1.0  # between two looks at a disk that was full
 DEATHS = 3  # of the process in a row, with nothing done in between
 CLOSE_S = 5.0  # for the last writes
+ROOM = "the queue's disk has room again: the run goes on"
 
 
 @dataclass(slots=True, eq=False)
@@ -135,11 +137,21 @@ class JournaledQueue:
         self._changed.set()
 
     async def sync(self) -> None:
-        waiting = [*self._flying.entries, *self._pending]
-        while any(not (entry.written or entry.gone) for entry in waiting):
-            await self._change()
-        self._check()
-        await self._ask("sync")
+        full = False
+        while True:
+            waiting = [*self._flying.entries, *self._pending]
+            while any(not (entry.written or entry.gone) for entry in waiting):
+                await self._change()
+            self._check()
+            lost, why = await self._ask("sync")
+            self._lack([entry for id in lost if (entry := self._entries.get(id))])
+            if bool(why) != full:
+                full = not full
+                self._say(_paused(why, self._folder) if why else ROOM)
+            if why:
+                await asyncio.sleep(RETRY_S)
+            elif not lost:
+                return
 
     @property
     def used(self) -> tuple[int, int]:
@@ -237,7 +249,7 @@ class JournaledQueue:
                 self._done(done)
                 if bool(why) != full:
                     full = not full
-                    self._say(_paused(why, self._folder) if why else "the queue's disk has room again: the run goes on")
+                    self._say(_paused(why, self._folder) if why else ROOM)
         except Exception as error:
             self._fail(error)
 
@@ -311,7 +323,8 @@ class JournaledQueue:
 
     async def _start(self) -> Worker:
         size = min(SEGMENT, max(self._capacity // 16, 1))
-        return await self._cluster.start(Process("queue", TARGET, (str(self._folder), size), cpus=0.0, here=True))
+        args = (str(self._folder), size, run_id(self._folder.parent))
+        return await self._cluster.start(Process("queue", TARGET, args, cpus=0.0, here=True))
 
     async def _hello(self, worker: Worker) -> dict[int, int]:
         found, damage = await worker.call("open")
@@ -323,7 +336,11 @@ class JournaledQueue:
     def _reconcile(self, found: dict[int, int]) -> None:
         """Have a new process forget what was forgotten, and write what it lacks; what is written again is new to it."""
         self._gone += [id for id in found if not ((entry := self._entries.get(id)) and entry.written)]
-        for entry in [entry for id, entry in self._entries.items() if entry.written and id not in found]:
+        self._lack([entry for id, entry in self._entries.items() if entry.written and id not in found])
+
+    def _lack(self, entries: list[Entry]) -> None:
+        """The journal has them no more: write those again that are in memory."""
+        for entry in entries:
             entry.written = False
             self._resident.pop(entry.id, None)
             self._got.pop(entry.id, None)

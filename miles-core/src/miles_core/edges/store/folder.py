@@ -6,15 +6,14 @@ import json
 import os
 import pickle
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..identity import run_id
 from ..lasting import Ledger, RunState
 from .ledger import Ledger as Log
 
-ID = "run_id"
 WHOLE = "whole.json"  # size and crc32 of every other file; written last
 
 
@@ -35,10 +34,7 @@ class RunFolder:
 
     def ledger(self, say: Callable[[str], None]) -> Ledger:
         """Its log is of this run folder's: the id that both have is drawn when the folder is first used."""
-        mine = self._dir / ID
-        if not mine.exists():
-            mine.write_text(uuid.uuid4().hex[:12])
-        return Log(self._dir / "ledger", mine.read_text(), say)
+        return Log(self._dir / "ledger", run_id(self._dir), say)
 
     def begin(self, step: int) -> Path:
         folder = self._dir / "checkpoints" / f"writing-{step}"
