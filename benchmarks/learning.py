@@ -3,8 +3,7 @@
     python benchmarks/learning.py --seeds 3 --out benchmarks/results/learning
 
 Every run is `miles run` on examples/reverse/run.toml with nothing changed but the mode, the seed, the folder and the
-learning rate, which falls to a tenth, so that the end is one. Streaming, where what is trained on is of other weights
-than those it is compared with, old log-probabilities are those of the engine.
+learning rate, which falls to a tenth, so that the end is one.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "reverse"
 MILES = str(Path(sys.executable).with_name("miles"))
 LAST = 10  # steps whose rewards are averaged
 FALLING = ["optim.schedule=linear", "optim.min_lr=4e-5"]
-STREAMING = ["mode=async", "batch.old_logprobs=engine"]
+TWO = ["mode=async", "rollout.max_staleness=2"]
 MODES = {
     "sync": ["mode=sync"],
     "overlap": ["mode=overlap"],
-    "async, 1 version": [*STREAMING, "rollout.max_staleness=1"],
-    "async, 2": [*STREAMING, "rollout.max_staleness=2"],
+    "async, 1 version": ["mode=async", "rollout.max_staleness=1"],
+    "async, 2": TWO,
+    "async, 2, old_logprobs = engine": [*TWO, "batch.old_logprobs=engine"],
 }
 
 
