@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -138,9 +141,22 @@ class Engine:
         self.error: Exception | None = None
         self.loads = 0
         self.stays, self.rooms = False, list[int]()
+        self.server = ThreadPoolExecutor(1)  # does one thing after another, as it is told them
+        self.sending = threading.Lock()
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        raise NotImplementedError
+        if method in ("take_turn", "end_turn"):
+            return await asyncio.to_thread(getattr(self, method))
+        return await asyncio.wrap_future(self.server.submit(getattr(self, method), *args))
+
+    def take_turn(self) -> None:
+        assert self.sending.acquire(timeout=20)
+
+    def end_turn(self) -> None:
+        self.sending.release()
+
+    def leave(self, name: str) -> None:
+        del self.groups[name]
 
     async def kill(self) -> None:
         raise NotImplementedError
@@ -185,6 +201,12 @@ class Engine:
             torch.empty(shape, dtype=getattr(torch, dtype))
             for shape, dtype in zip(bucket.shapes, bucket.dtypes, strict=True)
         ]
+        if not bucket.load_format:  # one broadcast a tensor, as it is
+            for groups, got in zip(self.groups[bucket.group], self.got, strict=True):
+                for name, like in zip(bucket.names, sizes, strict=True):
+                    got[name] = like.clone()
+                    groups.broadcast(got[name], 0).wait()
+            return {}
         flats = [torch.empty(sum(x.nbytes for x in sizes), dtype=torch.uint8) for _ in range(self.width)]
         works = [group.broadcast(flat, 0) for group, flat in zip(self.groups[bucket.group], flats, strict=True)]
         for work, flat, got in zip(works, flats, self.got, strict=True):
@@ -201,7 +223,7 @@ def assert_arrived(engine: Engine, sent: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture(params=["handles", "broadcast"])
 def transport(request: pytest.FixtureRequest, sglang: None) -> Iterator[Any]:
-    made = HandleTransport(1, 120, 20) if request.param == "handles" else BroadcastTransport(1, 120, 2)
+    made = HandleTransport(1, 240, 20) if request.param == "handles" else BroadcastTransport(1, 120, 8)
     yield made
     made.close()
 
@@ -278,7 +300,7 @@ def test_of_several_buckets_that_fail_the_first_is_told(sglang: None) -> None:
     transport.connect([engine], LAYOUT)
     with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*no such parameter"):
         transport.send(iter(tensors().items()), False)
-    assert engine.loads == 2  # and no other is sent
+    assert engine.loads == 4  # those that were under way, and no other is sent
     del failed.load
     transport.send(iter(tensors().items()), False)
     assert_arrived(engine, tensors())
@@ -304,7 +326,7 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
     transport.send(iter(tensors(seed=1).items()), False)
     for engine in engines:
         assert_arrived(engine, tensors(seed=1))
-    assert [list(engine.groups) for engine in engines] == [["miles-0-1", "miles-0-2"], ["miles-0-2"]]
+    assert [list(engine.groups) for engine in engines] == [["miles-0-2"], ["miles-0-2"]]
     transport.close()
 
 
@@ -315,3 +337,33 @@ def test_a_rank_that_is_given_nothing_sends_nothing(sglang: None) -> None:
     assert transport.send(iter(()), False) == {"bytes": 0, "tensors": 0}
     assert not engine.groups and not engine.loads
     transport.close()
+
+
+class Late(Engine):
+    """Is told of what rank 0 does after what rank 1 does."""
+
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        if method == "join" and args[-1].startswith("miles-0-"):
+            await asyncio.sleep(0.5)
+        return await super().call(method, *args)
+
+
+def test_two_senders_and_two_engines_do_not_wait_for_each_other(sglang: None) -> None:
+    """Also where each engine is told of another rank first: an engine does one thing at a time."""
+    engines = [Engine("engine-0"), Late("engine-1")]
+    ranks = [BroadcastTransport(1, 120, 10), BroadcastTransport(1, 120, 10)]
+    sent = [{f"{rank}.{name}": tensor for name, tensor in tensors(seed=rank).items()} for rank in range(2)]
+
+    def send(rank: int) -> dict[str, float]:
+        layout = Layout(rank=rank, world=2, dp_rank=0, dp_size=1, last_stage=rank == 1, reports=rank == 1)
+        ranks[rank].connect(list(engines), layout)
+        time.sleep(0.1 * rank)  # engine-0 hears of rank 0 first
+        return ranks[rank].send(iter(sent[rank].items()), False)
+
+    with ThreadPoolExecutor(2) as pool:
+        told = [each.result(timeout=40) for each in [pool.submit(send, rank) for rank in range(2)]]
+    assert [each["tensors"] for each in told] == [7, 7]
+    for engine in engines:
+        assert_arrived(engine, sent[0] | sent[1])
+    for rank in ranks:
+        rank.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -13,22 +14,24 @@ from ...types import Layout
 from ..protocols import TransportError, Worker
 from ..sharing import HERE
 from . import wire
-from .bucket import Flat, buckets
+from .bucket import Flat, Lone, buckets, names_of
+
+FLATS = 4  # that take the memory of two buckets: the engine is never without one, and the last is soon loaded
 
 
 class HandleTransport:
     """Implements ``miles_core.types.Transport`` where the ranks of an engine's GPUs are the trainers of these GPUs.
 
     Every rank is given every tensor and lays it into a bucket of its own GPU; the first rank of each engine hands the
-    engine the handles of all. One bucket is filled while the engine loads the other; it has the next one at hand when
+    engine the handles of all. Some buckets are filled while the engine loads others; it has the next one at hand when
     it is done, so nobody waits for a reply but to fill that bucket again.
     """
 
     def __init__(self, gpus: int, bucket_bytes: int, timeout_s: float) -> None:
         """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead."""
         self._gpus, self._timeout = gpus, timeout_s
-        self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
-        self._pool = ThreadPoolExecutor(3, thread_name_prefix="weights")  # two buckets, and what else it is told
+        self._flats = [Flat(max(1, 2 * bucket_bytes // FLATS)) for _ in range(FLATS)]
+        self._pool = ThreadPoolExecutor(FLATS + 1, thread_name_prefix="weights")  # and for what else it is told
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
         """Enter the group of the ranks that share an engine. A collective of all ranks."""
@@ -44,15 +47,17 @@ class HandleTransport:
         """
         sent = count = 0
         loading: list[Future[None]] = []
+        kept: deque[Flat | Lone] = deque(maxlen=FLATS)  # an engine may still read these
         staying = self._pool.submit(self._stay, self._room())
         try:
             for flat in buckets(tensors, self._flats):
                 sent, count = sent + flat.used, count + len(flat.places)
                 payloads = self._gathered(_serialize(flat))
+                kept.append(flat)
                 if self._first:
                     bucket = wire.Tensors(tuple(payloads), "flattened_bucket")
-                    loading.append(self._pool.submit(self._load, bucket, flat.names))
-                self._settle(loading, 1)  # the bucket before this one is filled next
+                    loading.append(self._pool.submit(self._load, bucket, names_of(flat.places)))
+                self._settle(loading, FLATS - 1)  # the oldest is filled next
             self._settle(loading, 0)
         finally:
             wait(loading)  # the engine reads these buckets; what else goes wrong follows from what is raised already
@@ -104,7 +109,7 @@ class HandleTransport:
             raise fault or TransportError(told)
 
 
-def _serialize(flat: Flat | tuple[()]) -> str:
+def _serialize(flat: Flat | Lone | tuple[()]) -> str:
     """What SGLang opens a bucket by: base64 of its own pickle, in which a GPU goes by its name, not its number."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
