@@ -68,7 +68,7 @@ def test_in_turns_memory_is_kept_where_both_fit(dialect: str) -> None:
                     assert_whole(request, (await client.generate([request]))[0], [version - 1] * 6)
                 assert await worker.engine.begin_update() is not sleeps
                 begun = (await calls(worker))[before:]
-                assert begun.count("/flush_cache") == 1
+                assert begun.count("/flush_cache") == sleeps  # else the first bucket has it forget
                 room, stays = rooms.get(version, (0, True))
                 told, _ = await asyncio.gather(worker.engine.stay(room), worker.engine.load(weights(a=version)))
                 assert told is stays
