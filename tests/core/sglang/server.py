@@ -13,6 +13,7 @@ import asyncio
 import base64
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -157,6 +158,18 @@ class Server:
         message = f"Weight version updated to {self.version}"
         return 200, {"success": True, "message": message, "new_version": self.version}
 
+    def check(self, body: dict[str, Any]) -> Any:
+        weights, action = self.scheduler.weights, body.get("action", "checksum")
+        if "no_checksums" in self.faults:  # 0.5.16 without a GPU
+            return 400, {"success": False, "message": "Torch not compiled with CUDA enabled"}
+        if action == "reset_tensors":
+            for name in weights:
+                weights[name] = random.randrange(1 << 40, 1 << 60)
+            return 200, {"success": True, "message": "Success."}
+        assert action == "checksum"
+        sums = {name: f"{value:016x}" for name, value in weights.items()}
+        return 200, {"success": True, "message": "Success.", "ranks": [{"checksums": sums}]}
+
     # -- routes --------------------------------------------------------------------------------------------------
 
     async def route(self, method: str, target: str, body: dict[str, Any] | None) -> Any:
@@ -181,8 +194,7 @@ class Server:
             case "/flush_cache":
                 return await self.flush(float(parse_qs(url.query).get("timeout", ["0"])[0]))
             case "/weights_checker":
-                sums = {name: f"{value:016x}" for name, value in scheduler.weights.items()}
-                return 200, {"success": True, "message": "Success.", "ranks": [{"checksums": sums}]}
+                return self.check(body or {})
             case "/calls":
                 return 200, self.calls
         if method != "POST":

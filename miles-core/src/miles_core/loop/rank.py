@@ -16,7 +16,7 @@ from ..edges.protocols import Behind, Model, Transport, Worker, meeting, writing
 from ..formulas.meter import Meter
 from ..packing import Packed
 from ..plugins import Manifest
-from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
+from ..types import Batch, Column, Layout, Loss, Mean, Output, Per, Refused, Role, Weight
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
 Given = list[list[dict[str, Any]]]  # by data-parallel rank and micro-batch
@@ -51,6 +51,8 @@ class TrainingRank:
         return self._layout
 
     def connect(self, engines: list[Worker]) -> str:
+        if before := vars(self).get("_transport"):  # to engines of which one was replaced
+            before.close()
         self._transport: Transport | None = self._hooks.transport() if engines else None
         if self._transport:
             self._transport.connect(engines, self._layout)
@@ -172,12 +174,11 @@ class TrainingRank:
             weights = self._hooks.token_weight(batch=batch)
             batch.weight = torch.stack([w.factor for w in weights.values()]).prod(0) if weights else None
         self._complete(batch)
-        answer = self._hooks.loss(role=name, batch=batch, output=output)
+        answer: Loss = self._hooks.loss(role=name, batch=batch, output=output)
         if name == "policy" and batch.weight is not batch.weighed_by:
             raise Refused("the algorithm's loss ignores batch.weighed; remove what gives its tokens weights")
         terms: dict[str, Mean] = self._hooks.penalty(role=name, batch=batch, output=output)
-        total: torch.Tensor = answer.sum / batch.counts[answer.per]
-        total = total + sum(term.sum / batch.counts[term.per] for term in terms.values())
+        total = answer.sum / batch.counts[answer.per] + sum(t.sum / batch.counts[t.per] for t in terms.values())
         meter.add(prefix + "loss", total)
         means = answer.metrics | terms
         for weight in weights.values():
@@ -201,10 +202,9 @@ class TrainingRank:
 
     def push(self, verify: bool) -> dict[str, float]:
         """Send the policy's weights to every engine."""
-        if not self._transport:
-            return {}
         with torch.no_grad():
-            return self._transport.send(self._hooks.export(role="policy", model=self._models["policy"]), verify)
+            tensors = self._hooks.export(role="policy", model=self._models["policy"])
+            return self._transport.send(tensors, verify) if self._transport else {}
 
     def save(self, folder: str) -> None:
         """Copy what ``saved`` says is written. A save under way is waited for."""

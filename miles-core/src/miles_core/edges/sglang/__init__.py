@@ -36,6 +36,7 @@ class SGLang(Plugin):
         __pydantic_extra__: dict[str, Value]
         start_timeout_s: float = Field(900, gt=0)  # for a server to load its weights and compile its kernels
         bucket_mib: int = Field(512, gt=0)  # weights travel in buckets of this size; each sending rank has two
+        verify_every: int = Field(0, ge=-1)  # updates: see whether all weights arrived; 0: with the first, -1: never
         stays: bool = True  # sharing a GPU with a trainer, keep memory while that one trains, as long as both fit
 
     config: Config
@@ -132,14 +133,15 @@ class SGLang(Plugin):
     def miles_transport(self) -> Transport:
         from . import arguments
 
-        gpus, size, limit = arguments.gpus(self.table), self.config.bucket_mib * MIB, self.run.rollout.timeout_s
+        gpus, every = arguments.gpus(self.table), self.config.verify_every
+        size, limit = self.config.bucket_mib * MIB, self.run.rollout.timeout_s
         if self.run.placement.layout == "colocate":
             from .handles import HandleTransport
 
-            return HandleTransport(gpus, size, limit)
+            return HandleTransport(gpus, size, limit, every)
         from .broadcast import BroadcastTransport
 
-        return BroadcastTransport(max(gpus, 1), size, limit)
+        return BroadcastTransport(max(gpus, 1), size, limit, every)
 
     def _own(self, engine: int, gpu: bool) -> tuple[str, ...]:
         """The arguments that Miles sets."""

@@ -21,8 +21,10 @@ from ..protocols import TransportError, Worker
 from . import wire
 from .bucket import Flat, Lone, Place, buckets, names_of
 from .process import free_port, own_address
+from .proof import Proving
 
 AHEAD = 8  # buckets that engines were told of and have not loaded
+LEAVE_S = 5.0  # for engines to leave a group
 LOOK_S = 0.0002  # between two looks whether the last broadcast is over
 
 Answers = list[tuple[Worker, Future[Any]]]
@@ -46,9 +48,11 @@ class BroadcastTransport:
     and nobody waits for a reply in between: a bucket is filled again as soon as it was sent, by the GPU's own clock.
     """
 
-    def __init__(self, width: int, bucket_bytes: int, timeout_s: float) -> None:
-        """``width``: tensor-parallel ranks of an engine. Who has not received a bucket by ``timeout_s`` is dead."""
+    def __init__(self, width: int, bucket_bytes: int, timeout_s: float, every: int = 0) -> None:
+        """``width``: tensor-parallel ranks of an engine. Who has not received a bucket by ``timeout_s`` is dead.
+        Whether all arrived is found out when that is asked for, and ``every`` so many updates."""
         self._width, self._timeout = width, timeout_s
+        self._proving = Proving(every)
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
         self._group: Any = None
         self._name = ""
@@ -62,20 +66,23 @@ class BroadcastTransport:
         threading.Thread(target=_turn, args=(self._loop,), name="weights", daemon=True).start()
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
-        """Returns ``bytes`` and ``tensors``. What was loaded is compared by the engine itself; see ``end_update``.
+        """Returns ``bytes`` and ``tensors``. With ``verify`` the engines find out whether all arrived; see ``proof``.
 
         Raises TransportError naming the tensors and the engine; the group is given up then.
         """
         sent = tensors_sent = 0
         under_way: deque[Sent] = deque()
         before: Sent | None = None
-        turn = False
+        turn, prove = False, self._proving.now(verify)
         members = self._members()  # they answer while the first bucket is filled
         try:
             for bucket in buckets(tensors, self._flats):
                 if not sent:
                     turn = self._take_turn()
                     self._meet(bucket.tensor.device.type, members)
+                    if prove:
+                        for asked in [self._ask(engine, "prove") for engine in self._engines]:
+                            asked.result()
                 sent, tensors_sent = sent + bucket.used, tensors_sent + len(bucket.places)
                 under_way.append(self._post(bucket))
                 if before:  # what held it is filled next
@@ -96,8 +103,11 @@ class BroadcastTransport:
         return {"bytes": float(sent), "tensors": float(tensors_sent)}
 
     def close(self) -> None:
-        """Leave the group and end the thread. May be called twice, and without ``connect``."""
-        self._leave()
+        """Leave the group, as the engines do that still are in it, and end the thread. May be called twice, and
+        without ``connect``."""
+        if self._group is not None:
+            self._leave()
+            self._dismiss(self._engines)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
@@ -136,9 +146,7 @@ class BroadcastTransport:
         if members and all(there.result() for _, there in members):
             return
         self._leave()
-        for engine, _ in [(engine, there) for engine, there in members if there.result()]:
-            with suppress(Exception):  # it would keep the group's memory, no more
-                self._ask(engine, "leave", self._name).result()
+        self._dismiss([engine for engine, there in members if there.result()])
         self._name = f"miles-{self._layout.rank}-{next(self._numbers)}"
         host = own_address()
         port = free_port(host)
@@ -164,6 +172,10 @@ class BroadcastTransport:
         group, self._group = self._group, None
         if group is not None:
             group.abort() if hasattr(group, "abort") else None
+
+    def _dismiss(self, engines: list[Worker]) -> None:
+        """Have engines leave the group, whose memory they would keep. One that cannot is no fault of an update."""
+        wait([self._ask(engine, "leave", self._name) for engine in engines], LEAVE_S)
 
     # -- a bucket ------------------------------------------------------------------------------------------------
 

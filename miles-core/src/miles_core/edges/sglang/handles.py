@@ -16,6 +16,7 @@ from ..protocols import TransportError, Worker
 from ..sharing import HERE
 from . import wire
 from .bucket import Flat, Lone, Place, buckets, names_of
+from .proof import Proving
 
 FLATS = 4  # that take the memory of two buckets: the engine is never without one, and the last is soon loaded
 
@@ -28,9 +29,11 @@ class HandleTransport:
     it is done, so nobody waits for a reply but to fill that bucket again.
     """
 
-    def __init__(self, gpus: int, bucket_bytes: int, timeout_s: float) -> None:
-        """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead."""
+    def __init__(self, gpus: int, bucket_bytes: int, timeout_s: float, every: int = 0) -> None:
+        """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead.
+        Whether all arrived is found out when that is asked for, and ``every`` so many updates."""
         self._gpus, self._timeout = gpus, timeout_s
+        self._proving = Proving(every)
         self._flats = [Flat(max(1, 2 * bucket_bytes // FLATS)) for _ in range(FLATS)]
         self._payloads: dict[tuple[int, str], tuple[list[Place], str]] = {}  # by buffer and first tensor
         self._pool = ThreadPoolExecutor(FLATS + 1, thread_name_prefix="weights")  # and for what else it is told
@@ -43,7 +46,7 @@ class HandleTransport:
         _serialize([], None)  # what it imports takes seconds
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
-        """Returns ``bytes`` and ``tensors``. What was loaded is compared by the engine itself; see ``end_update``.
+        """Returns ``bytes`` and ``tensors``. With ``verify`` the engines find out whether all arrived; see ``proof``.
 
         Raises TransportError naming the tensors and the engine.
         """
@@ -52,6 +55,8 @@ class HandleTransport:
         kept: deque[Tensor] = deque(maxlen=FLATS)  # an engine may still read these
         staying = self._pool.submit(self._stay, self._room())
         try:
+            if self._proving.now(verify) and (told := self._said(self._prove())):
+                raise TransportError(told)
             for flat in buckets(tensors, self._flats):
                 sent, count = sent + flat.used, count + len(flat.places)
                 kept.append(flat.tensor.clone() if isinstance(flat, Lone) else flat.tensor)
@@ -85,6 +90,15 @@ class HandleTransport:
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
         return payload
+
+    def _prove(self) -> str:
+        """Have the engine find out whether all arrives. Returns what went wrong."""
+        try:
+            if self._first:
+                self._engine.ask("prove", timeout=self._timeout)
+        except Exception as error:
+            return f"{self._engine.name} was to find out whether all weights arrive: {error}"
+        return ""
 
     def _gathered(self, payload: str) -> list[str]:
         if self._group is None:

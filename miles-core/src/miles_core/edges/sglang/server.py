@@ -13,6 +13,7 @@ from . import wire
 from .calls import Silent, Unreachable
 from .launch import Live, launch
 from .process import own_address
+from .proof import Proof, checksums
 from .turns import Turns
 from .update import Update
 
@@ -177,6 +178,10 @@ class SGLangEngine:
             raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
         return {}
 
+    async def prove(self) -> None:
+        """Before the first ``load``: have ``end_update`` find out whether all weights arrived; see ``proof``."""
+        self._updating("a proof outside an update; call begin_update first").prove(self._checker)
+
     async def take_turn(self) -> None:
         """Wait until no other rank sends. Where several ranks send to several engines, each asks the first engine."""
         await self._updating("a rank's turn to send outside an update; call begin_update first").take_turn()
@@ -201,9 +206,8 @@ class SGLangEngine:
     async def end_update(self, version: int) -> None:
         """Serve the new weights as ``version``.
 
-        Version 0 is the model on disk, so it must leave every tensor as it was when the server started. Raises
-        TransportError when it does not, naming the tensors, when nothing arrived, or when the server refuses;
-        ``abort_update`` then replaces the server.
+        Version 0 is the model on disk, and must leave every tensor as it was when the server started. Raises
+        TransportError when it does not, when a tensor or all did not arrive, or when the server refuses.
         """
         update = self._updating("end_update without begin_update")
         if not update.loads:
@@ -211,8 +215,7 @@ class SGLangEngine:
         try:
             if (live := update.live).sessions:
                 await self._long(live, "/end_weight_update")
-            if version == 0 and self._disk is not None:
-                wire.compare(self._disk, await self.checksums())
+            await (update.proof or Proof(self._checker)).end(None if version else self._disk)
             if self._turns.slept:
                 await self.restore(["kv_cache"])
             stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
@@ -250,21 +253,19 @@ class SGLangEngine:
         self._groups[name] = live
 
     async def leave(self, name: str) -> None:
-        await self._long(await self._live(), "/destroy_weights_update_group", {"group_name": name})
-        self._groups.pop(name, None)
+        if self._groups.pop(name, None) is (live := await self._live()):  # else that server is gone
+            await self._long(live, "/destroy_weights_update_group", {"group_name": name})
 
     async def member(self, name: str) -> bool:
         """Whether its server is in the group ``name``. One that is not would be waited for in vain."""
         return self._update is not None and self._groups.get(name) is self._update.live
 
     async def checksums(self) -> dict[str, str]:
-        """A hash of each parameter and buffer, by tensor-parallel rank and SGLang's own name: "0/model.norm.weight".
+        """A hash of each parameter and buffer; see ``proof``. 0.5.16 has none without a GPU: raises EngineError."""
+        return checksums(await self._checker("checksum"))
 
-        SGLang fuses and cuts tensors, so they cannot be compared with what was sent, but with those of another engine,
-        or of this one before an update that changes nothing. 0.5.16 has none without a GPU: raises EngineError.
-        """
-        told = await self._long(await self._live(), "/weights_checker", {"action": "checksum"})
-        return wire.checksums(told["ranks"])
+    async def _checker(self, action: str) -> Any:
+        return await self._long(await self._live(), "/weights_checker", {"action": action})
 
     async def ready(self) -> str:
         """Wait for the server. Returns what it has, in words."""

@@ -9,6 +9,7 @@ from ..protocols import EngineError, TransportError
 from . import wire
 from .launch import Live
 from .line import Line
+from .proof import Check, Proof
 
 GIVEN_UP = "its update was given up meanwhile"
 
@@ -21,9 +22,10 @@ class Update:
         ``wake`` is called before the first bucket, where the server has given its memory up."""
         self.live, self._forget, self._wake = live, forget, wake
         self.loads = 0  # calls that may have changed weights
+        self.proof: Proof | None = None
         self._line = Line(live.url)
         self._handing, self._sending = asyncio.Lock(), asyncio.Lock()
-        self._over = False
+        self._over = self._handed = False
 
     @property
     def touched(self) -> bool:
@@ -39,10 +41,17 @@ class Update:
                 await self._wake()
                 self._wake = None
                 self._check()
+            if self.proof and not self._handed:
+                await self.proof.begin()
+                self._check()
             path, body = wire.update(bucket, self._forget)
             answer = await self._line.send(path, body)
-            self._forget = False
+            self._forget, self._handed = False, True
         await self._line.wait(path, answer, timeout)
+
+    def prove(self, check: Check) -> None:
+        """Have it found out whether all buckets arrive. Each rank that sends asks for it before its first one."""
+        self.proof = self.proof or Proof(check)
 
     async def take_turn(self) -> None:
         """Wait until no other rank sends. Two that broadcast to several engines at once would each find one engine

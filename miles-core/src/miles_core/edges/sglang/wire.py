@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..protocols import Completion, EngineError, Request, TransportError
+from ..protocols import Completion, EngineError, Request
 
 MOST_TRIES = 4  # of one request; numbers its names at the server, so less than 10
 
@@ -69,20 +69,6 @@ def update(bucket: Tensors | Broadcast, flush: bool) -> tuple[str, dict[str, Any
             "group_name": bucket.group,
         }
     return path, body | {"load_format": bucket.load_format or None, "flush_cache": flush}
-
-
-def checksums(ranks: list[dict[str, Any]]) -> dict[str, str]:
-    """Those that the server's tensor-parallel ranks tell: "0/model.norm.weight" and so on."""
-    return {f"{i}/{name}": value for i, told in enumerate(ranks) for name, value in told["checksums"].items()}
-
-
-def compare(disk: dict[str, str], now: dict[str, str]) -> None:
-    """Raise TransportError where checksums of weights are not those that the server had of the model on disk."""
-    if wrong := [name for name in disk if now.get(name) != disk[name]]:
-        raise TransportError(
-            f"{len(wrong)} of {len(disk)} tensors are not what the server read from disk, such as {wrong[0]}; the "
-            "trainer's model differs from the engine's, or weights were lost on the way"
-        )
 
 
 def stamp(version: int, mark: str) -> str:
