@@ -109,6 +109,13 @@ def test_replicas_in_a_server_are_refused(tmp_path: Path, key: str) -> None:
     assert f"sglang.{key}" not in {key for key, _ in arguments.refused({key: 2, "enable_dp_attention": True})}
 
 
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("key", arguments.STAGES)
+def test_stages_of_an_engine_are_refused(tmp_path: Path, key: str) -> None:
+    assert "brought to the stages of an engine" in complaints(plugin(tmp_path, {key: 2}))[f"sglang.{key}"]
+    assert arguments.refused({key: 1}) == []
+
+
 def test_without_sglang_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     assert complaints(plugin(tmp_path, {"port": 1})) == {
@@ -214,6 +221,10 @@ def test_in_turns_an_engine_sits_beside_the_trainers_of_its_gpus(tmp_path: Path)
     ("layout", "table", "run", "key"),
     [
         ("colocate", {}, {"mode": "overlap"}, "mode"),
+        ("colocate", {}, {"mode": "async"}, "mode"),
+        ("colocate", {}, {"mode": "async", "rollout": {"max_staleness": 0}}, "mode"),
+        ("split", {}, {"mode": "async", "rollout": {"weights": "in_place"}}, "rollout.weights"),
+        ("split", {}, {"mode": "async", "rollout": {"weights": "drain"}}, None),
         ("colocate", {"tp_size": 2}, {}, "placement.engines"),
         ("colocate", {}, {"placement": {"trainers": 2}}, "placement.engines"),
         ("split", {"device": "cpu"}, {}, "sglang.device"),
@@ -225,3 +236,18 @@ def test_a_layout_that_cannot_be_is_refused(
     tmp_path: Path, layout: str, table: dict[str, Any], run: dict[str, Any], key: str | None
 ) -> None:
     assert list(complaints(plugin(tmp_path, table, layout, **run))) == ([key] if key else [])
+
+
+@pytest.mark.parametrize(
+    ("run", "client"),
+    [
+        ({"mode": "async", "rollout": {"max_staleness": 2}}, "StreamingClient"),
+        ({"mode": "async", "rollout": {"max_staleness": 0}}, "SGLangClient"),
+        ({"mode": "overlap"}, "SGLangClient"),
+        ({}, "SGLangClient"),
+    ],
+)
+def test_groups_of_an_asynchronous_run_do_not_wait_for_each_other(
+    tmp_path: Path, run: dict[str, Any], client: str
+) -> None:
+    assert plugin(tmp_path, {}, **run).miles_engines().client == f"miles_core.edges.sglang.client:{client}"

@@ -126,7 +126,9 @@ class SGLang(Plugin):
             )
             for i in range(self.run.placement.engines)
         ]
-        return Engines(processes, client="miles_core.edges.sglang.client:SGLangClient")
+        streams = self.run.mode == "async" and self.run.max_staleness > 0
+        client = "StreamingClient" if streams else "SGLangClient"
+        return Engines(processes, client=f"miles_core.edges.sglang.client:{client}")
 
     @hookimpl
     def miles_transport(self) -> Transport:
