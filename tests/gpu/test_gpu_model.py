@@ -105,6 +105,27 @@ def test_gradients_agree_with_transformers(tiny: Path, layers: str) -> None:
     assert error(joined(found), joined(expected)) < ROUNDED[1]
 
 
+def test_recomputed_activations_change_no_gradient_and_take_less_memory(tiny: Path, layers: str) -> None:
+    given = sequences(LENGTHS, VOCAB, shared=3)
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    found, peaks = [], []
+    for keys in ({}, again):
+        with trainer(run_of(tiny), transformer_impl=layers, **keys) as one:
+            for _ in range(2):  # what kernels take once, they have the second time
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                one.learn([pack(given)])
+                peak = torch.cuda.max_memory_allocated() - before
+                gradients = one.gradients()
+                one.model.step(lambda norm: "only the gradients count here")
+        found.append(gradients)
+        peaks.append(peak)
+    apart = errors(found[1], found[0])
+    assert max(apart.values()) < PACKED[0], apart
+    assert error(joined(found[1]), joined(found[0])) < PACKED[1]
+    assert peaks[1] < peaks[0]
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -261,7 +261,7 @@ class SGLangClient:
 
 
 class StreamingClient(SGLangClient):
-    """Asks for what each call of ``generate`` wants by itself, so that no group waits for the longest response of another.
+    """Asks for what each call of ``generate`` wants by itself, so that no group waits for the stragglers of another.
 
     Not for each request: what is wanted together is of use once all of it is there, and costs the server one body to
     read.
