@@ -47,11 +47,13 @@ JOBS = {
     "4B": Job(("mfu-4B",), 200),
     "0.6B-te": Job(("mfu-0.6B-te",), 200),
     "4B-te": Job(("mfu-4B-te",), 200),
-    "colocate": Job(("step",), 400),
+    "colocate": Job(("step", "checkpoint", "step-100M"), 500),
+    "learning": Job(("learning",), 600),
     "nccl": Job(("nccl",), 400, gpus=2),
     "layouts": Job(("split",), 700, gpus=2),
 }
 ROWS = [row for job in JOBS.values() for row in job.rows]
+KEPT = Path(__file__).parent / "results"
 LOOK_S = 1.0  # between two looks at what a process has reported
 Keep = Callable[[list[Row]], None]
 
@@ -67,7 +69,8 @@ def measure(name: str, rows: list[str], work: Path, sglang: Path, report: Report
         "4B": partial(training.job, "4B", "local", rows, work, report),
         "0.6B-te": partial(training.job, "0.6B", "transformer_engine", rows, work, report),
         "4B-te": partial(training.job, "4B", "transformer_engine", rows, work, report),
-        "colocate": partial(runs.step, work, sglang, report),
+        "colocate": partial(runs.step, rows, work, sglang, report),
+        "learning": partial(runs.learning, work, sglang, KEPT, report),
         "nccl": partial(broadcast.job, work, table, report),
         "layouts": partial(runs.layouts, work, sglang, report),
     }
