@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_modes.py --out benchmarks/results/gpu-modes --traces DIR
 
-Every run is `miles run` with nothing simulated: SGLang, Megatron, NCCL. The model is small and has random weights, lengths
-are log-normal, and the reward, the share of tokens of one half of the vocabulary, is one that every step raises. Each
-pair of GPUs takes one run at a time. Runs that are in OUT.json are not done again.
+Every run is `miles run` with nothing simulated: SGLang, Megatron, NCCL. The model is small and has random weights,
+lengths are log-normal, and the reward, the share of tokens of one half of the vocabulary, is one that every step
+raises. Each pair of GPUs takes one run at a time. Runs that are in OUT.json are not done again.
 """
 
 from __future__ import annotations
@@ -83,11 +83,10 @@ def table(found: Found) -> str:
         )
         ratios = " | ".join(f"{rate / rates[base]:.2f}" if base in rates else "" for base in BARS)
         mean = statistics.fmean(row["last rewards"] for row in rows)
-        stale = f"{statistics.fmean(row['stale, mean'] for row in rows):.2f}, {max(row['stale, most'] for row in rows):.0f}"
+        behind = statistics.fmean(row["stale, mean"] for row in rows)
+        stale = f"{behind:.2f}, {max(row['stale, most'] for row in rows):.0f}"
         waited = statistics.fmean(row["waited"] for row in rows)
-        lines.append(
-            f"| {mode} | {rate:.1f} ({each}) | {ratios} | {mean:.3f} ({learned}) | {stale} | {waited:.0%} |"
-        )
+        lines.append(f"| {mode} | {rate:.1f} ({each}) | {ratios} | {mean:.3f} ({learned}) | {stale} | {waited:.0%} |")
     return "\n".join(lines)
 
 
