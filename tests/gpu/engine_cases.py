@@ -42,10 +42,10 @@ class InProcess:
     turning: Turning
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        return await getattr(self.engine, method)(*args)
+        return await asyncio.wrap_future(self.turning.submit(getattr(self.engine, method)(*args)))  # from any loop
 
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        return self.turning.submit(self.call(method, *args)).result(timeout or START_S)
+        return self.turning.submit(getattr(self.engine, method)(*args)).result(timeout or START_S)
 
     async def kill(self) -> None:
         raise NotImplementedError

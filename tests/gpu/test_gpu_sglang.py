@@ -299,7 +299,7 @@ def test_an_update_cut_short_is_never_served(served: Served, one: Trainer, trans
 
     with pytest.raises(ConnectionError, match="the rank is gone"):
         transport.send(cut(), verify=False)
-    assert served.worker.engine._loads, "some weights had been overwritten"
+    assert served.worker.engine._update.loads, "some weights had been overwritten"
     served.ask("abort_update")
     with pytest.raises(EngineError, match="was cut short; its successor serves nothing until whole weights arrive"):
         served.ask("address")

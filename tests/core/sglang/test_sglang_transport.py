@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import pickle
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,7 @@ from miles_core.edges.sharing import HERE
 from miles_core.types import Layout
 
 LAYOUT = Layout(rank=0, world=1, dp_rank=0, dp_size=1, last_stage=True, reports=True)
+HANDLES: list[Any] = []  # what was made a handle of; whoever opens one sees what is there now
 DTYPES = [torch.bfloat16, torch.float32, torch.uint8]
 
 
@@ -82,13 +85,15 @@ def test_what_is_copied_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts of SGLang that trainers use, with a pickle in place of handles."""
+    """The parts of SGLang that trainers use, with a number in place of a handle."""
+    HANDLES.clear()
 
     class MultiprocessingSerializer:
         @staticmethod
         def serialize(obj: Any, output_str: bool) -> str:
             assert output_str
-            return base64.b64encode(pickle.dumps(obj)).decode()
+            HANDLES.append(obj)
+            return base64.b64encode(b"%d" % (len(HANDLES) - 1)).decode()
 
     def module(name: str, **content: Any) -> None:
         made = ModuleType(name)
@@ -138,9 +143,22 @@ class Engine:
         self.error: Exception | None = None
         self.loads = 0
         self.stays, self.rooms = False, list[int]()
+        self.server = ThreadPoolExecutor(1)  # does one thing after another, as it is told them
+        self.sending = threading.Lock()
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        raise NotImplementedError
+        if method in ("take_turn", "end_turn"):
+            return await asyncio.to_thread(getattr(self, method))
+        return await asyncio.wrap_future(self.server.submit(getattr(self, method), *args))
+
+    def take_turn(self) -> None:
+        assert self.sending.acquire(timeout=20)
+
+    def end_turn(self) -> None:
+        self.sending.release()
+
+    def leave(self, name: str) -> None:
+        del self.groups[name]
 
     async def kill(self) -> None:
         raise NotImplementedError
@@ -176,7 +194,7 @@ class Engine:
             raise self.error
         if isinstance(bucket, wire.Tensors):
             for got, payload in zip(self.got, bucket.serialized, strict=True):
-                told = pickle.loads(base64.b64decode(payload))
+                told = HANDLES[int(base64.b64decode(payload))]
                 for m in told["metadata"]:
                     part = told["flattened_tensor"][m.start_idx : m.end_idx]
                     got[m.name] = part.view(m.dtype).view(m.shape).clone()
@@ -185,6 +203,12 @@ class Engine:
             torch.empty(shape, dtype=getattr(torch, dtype))
             for shape, dtype in zip(bucket.shapes, bucket.dtypes, strict=True)
         ]
+        if not bucket.load_format:  # one broadcast a tensor, as it is
+            for groups, got in zip(self.groups[bucket.group], self.got, strict=True):
+                for name, like in zip(bucket.names, sizes, strict=True):
+                    got[name] = like.clone()
+                    groups.broadcast(got[name], 0).wait()
+            return {}
         flats = [torch.empty(sum(x.nbytes for x in sizes), dtype=torch.uint8) for _ in range(self.width)]
         works = [group.broadcast(flat, 0) for group, flat in zip(self.groups[bucket.group], flats, strict=True)]
         for work, flat, got in zip(works, flats, self.got, strict=True):
@@ -201,7 +225,7 @@ def assert_arrived(engine: Engine, sent: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture(params=["handles", "broadcast"])
 def transport(request: pytest.FixtureRequest, sglang: None) -> Iterator[Any]:
-    made = HandleTransport(1, 120, 20) if request.param == "handles" else BroadcastTransport(1, 120, 2)
+    made = HandleTransport(1, 240, 20) if request.param == "handles" else BroadcastTransport(1, 120, 8)
     yield made
     made.close()
 
@@ -217,6 +241,23 @@ def test_every_tensor_arrives_again_and_again(transport: Any) -> None:
         assert told == {"bytes": sum(x.nbytes for x in sent.values()), "tensors": len(sent)}
         assert_arrived(engine, sent)
     assert engine.loads > 6  # several buckets each
+
+
+def test_a_buffer_has_one_handle_for_all_updates(sglang: None) -> None:
+    """PyTorch wraps a storage again with each handle that it makes of it."""
+    engine, transport = Engine("engine-0"), HandleTransport(1, 240, 20)
+    transport.connect([engine], LAYOUT)
+    made = 0
+    for seed in range(3):
+        transport.send(iter(tensors(seed=seed).items()), False)
+        assert_arrived(engine, tensors(seed=seed))
+        made = made if seed else len(HANDLES)
+    assert len(HANDLES) == made > 3
+    others = tensors(9, seed=3)  # another layout of the same buffers
+    transport.send(iter(others.items()), False)
+    assert len(HANDLES) > made
+    assert_arrived(engine, others)
+    transport.close()
 
 
 def test_the_trainer_s_end_of_a_gpu_hears_whether_the_engine_keeps_its_memory(sglang: None) -> None:
@@ -278,7 +319,7 @@ def test_of_several_buckets_that_fail_the_first_is_told(sglang: None) -> None:
     transport.connect([engine], LAYOUT)
     with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*no such parameter"):
         transport.send(iter(tensors().items()), False)
-    assert engine.loads == 2  # and no other is sent
+    assert engine.loads == 4  # those that were under way, and no other is sent
     del failed.load
     transport.send(iter(tensors().items()), False)
     assert_arrived(engine, tensors())
@@ -304,7 +345,7 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
     transport.send(iter(tensors(seed=1).items()), False)
     for engine in engines:
         assert_arrived(engine, tensors(seed=1))
-    assert [list(engine.groups) for engine in engines] == [["miles-0-1", "miles-0-2"], ["miles-0-2"]]
+    assert [list(engine.groups) for engine in engines] == [["miles-0-2"], ["miles-0-2"]]
     transport.close()
 
 
@@ -315,3 +356,33 @@ def test_a_rank_that_is_given_nothing_sends_nothing(sglang: None) -> None:
     assert transport.send(iter(()), False) == {"bytes": 0, "tensors": 0}
     assert not engine.groups and not engine.loads
     transport.close()
+
+
+class Late(Engine):
+    """Is told of what rank 0 does after what rank 1 does."""
+
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        if method == "join" and args[-1].startswith("miles-0-"):
+            await asyncio.sleep(0.5)
+        return await super().call(method, *args)
+
+
+def test_two_senders_and_two_engines_do_not_wait_for_each_other(sglang: None) -> None:
+    """Also where each engine is told of another rank first: an engine does one thing at a time."""
+    engines = [Engine("engine-0"), Late("engine-1")]
+    ranks = [BroadcastTransport(1, 120, 10), BroadcastTransport(1, 120, 10)]
+    sent = [{f"{rank}.{name}": tensor for name, tensor in tensors(seed=rank).items()} for rank in range(2)]
+
+    def send(rank: int) -> dict[str, float]:
+        layout = Layout(rank=rank, world=2, dp_rank=0, dp_size=1, last_stage=rank == 1, reports=rank == 1)
+        ranks[rank].connect(list(engines), layout)
+        time.sleep(0.1 * rank)  # engine-0 hears of rank 0 first
+        return ranks[rank].send(iter(sent[rank].items()), False)
+
+    with ThreadPoolExecutor(2) as pool:
+        told = [each.result(timeout=40) for each in [pool.submit(send, rank) for rank in range(2)]]
+    assert [each["tensors"] for each in told] == [7, 7]
+    for engine in engines:
+        assert_arrived(engine, sent[0] | sent[1])
+    for rank in ranks:
+        rank.close()

@@ -68,14 +68,14 @@ def test_in_turns_memory_is_kept_where_both_fit(dialect: str) -> None:
                     assert_whole(request, (await client.generate([request]))[0], [version - 1] * 6)
                 assert await worker.engine.begin_update() is not sleeps
                 begun = (await calls(worker))[before:]
-                assert begun.count("/flush_cache") == 1
+                assert begun.count("/flush_cache") == sleeps  # else the first bucket has it forget
                 room, stays = rooms.get(version, (0, True))
                 told, _ = await asyncio.gather(worker.engine.stay(room), worker.engine.load(weights(a=version)))
                 assert told is stays
                 await worker.engine.load(weights(b=version))
                 await worker.engine.end_update(version)
                 asked = (await calls(worker))[before:]
-                assert [path in asked for path in MEMORY] == [sleeps, sleeps] and asked.count("/flush_cache") == 1
+                assert [path in asked for path in MEMORY] == [sleeps, sleeps] and asked.count("/flush_cache") == sleeps
                 assert asked[-2:] == ["/update_weight_version", "/continue_generation"]
                 assert_whole(request, (await client.generate([request]))[0], [version] * 6)
 

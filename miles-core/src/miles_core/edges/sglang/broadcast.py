@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -14,24 +19,31 @@ from torch import Tensor
 from ...types import Layout
 from ..protocols import TransportError, Worker
 from . import wire
-from .bucket import Flat, buckets
+from .bucket import Flat, Lone, Place, buckets, names_of
 from .process import free_port, own_address
+
+AHEAD = 8  # buckets that engines were told of and have not loaded
+LOOK_S = 0.0002  # between two looks whether the last broadcast is over
+
+Answers = list[tuple[Worker, Future[Any]]]
 
 
 @dataclass(slots=True)
 class Sent:
     """A bucket on its way."""
 
-    names: str
+    places: list[Place]
+    tensor: Tensor  # stays until it was sent
     work: Any  # of the broadcast
-    loads: list[tuple[Worker, Future[Any]]] = field(default_factory=list)
+    loads: Answers
 
 
 class BroadcastTransport:
     """Implements ``miles_core.types.Transport``. One process group a sender, so one a pipeline stage, with all engines.
 
-    The group is made when the first tensor is to be sent, and anew when an engine is not in it any more. While a bucket
-    travels and is loaded the next one is filled.
+    The group is made when the first tensor is to be sent, and anew when an engine is not in it any more. Engines are
+    told of buckets ahead of time and take them in this order (see ``line``), broadcasts follow each other on the GPU,
+    and nobody waits for a reply in between: a bucket is filled again as soon as it was sent, by the GPU's own clock.
     """
 
     def __init__(self, width: int, bucket_bytes: int, timeout_s: float) -> None:
@@ -42,11 +54,12 @@ class BroadcastTransport:
         self._name = ""
         self._numbers = count(1)
         self._engines: list[Worker] = []
-        self._pool: ThreadPoolExecutor | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
-        self._engines, self._rank = engines, layout.rank
-        self._pool = ThreadPoolExecutor(len(engines), thread_name_prefix="weights")
+        self._engines, self._layout = engines, layout
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_turn, args=(self._loop,), name="weights", daemon=True).start()
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
         """Returns ``bytes`` and ``tensors``. What was loaded is compared by the engine itself; see ``end_update``.
@@ -54,53 +67,84 @@ class BroadcastTransport:
         Raises TransportError naming the tensors and the engine; the group is given up then.
         """
         sent = tensors_sent = 0
+        under_way: deque[Sent] = deque()
         before: Sent | None = None
+        turn = False
+        members = self._members()  # they answer while the first bucket is filled
         try:
-            for flat in buckets(tensors, self._flats):
+            for bucket in buckets(tensors, self._flats):
                 if not sent:
-                    self._meet(flat.tensor.device.type)
-                sent, tensors_sent = sent + flat.used, tensors_sent + len(flat.places)
-                if before:  # one at a time: calls may overtake each other, and broadcasts must not
-                    self._settle(before)
-                before = self._post(flat)
+                    turn = self._take_turn()
+                    self._meet(bucket.tensor.device.type, members)
+                sent, tensors_sent = sent + bucket.used, tensors_sent + len(bucket.places)
+                under_way.append(self._post(bucket))
+                if before:  # what held it is filled next
+                    self._pass(before)
+                before = under_way[-1]
+                while len(under_way) > AHEAD:
+                    self._settle(under_way.popleft())
+            for each in under_way:
+                self._settle(each)
             if before:
-                self._settle(before)
+                self._arrive(before)
         except BaseException:
             self._leave()
             raise
+        finally:
+            if turn:
+                self._end_turn()
         return {"bytes": float(sent), "tensors": float(tensors_sent)}
 
     def close(self) -> None:
-        """Leave the group and end the threads. May be called twice, and without ``connect``."""
+        """Leave the group and end the thread. May be called twice, and without ``connect``."""
         self._leave()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    # -- the engines ---------------------------------------------------------------------------------------------
+
+    def _ask(self, engine: Worker, method: str, *args: Any) -> Future[Any]:
+        """What is asked of an engine is begun there in the order it is asked."""
+        if self._loop is None:
+            raise TransportError("send before connect")
+        return asyncio.run_coroutine_threadsafe(engine.call(method, *args, timeout=self._timeout), self._loop)
+
+    def _take_turn(self) -> bool:
+        """Two ranks that broadcast to two engines at once would each find one engine waiting for the other rank."""
+        if self._loop is None or self._layout.world == 1 or len(self._engines) == 1:
+            return False
+        first = self._engines[0]
+        try:
+            self._ask(first, "take_turn").result()
+        except Exception as error:
+            raise TransportError(f"{first.name} gave rank {self._layout.rank} no turn to send: {error}") from error
+        return True
+
+    def _end_turn(self) -> None:
+        with suppress(Exception):  # an engine that is gone has no turns; what went wrong is being raised
+            self._ask(self._engines[0], "end_turn").result()
 
     # -- the group -----------------------------------------------------------------------------------------------
 
-    def _ask(self, method: str, *args: Any) -> list[tuple[Worker, Future[Any]]]:
-        if self._pool is None:
-            raise TransportError("send before connect")
-        return [(e, self._pool.submit(e.ask, method, *args, timeout=self._timeout)) for e in self._engines]
+    def _members(self) -> Answers:
+        """Whether each engine is in the group that there is, if there is one."""
+        return [(e, self._ask(e, "member", self._name)) for e in self._engines] if self._group is not None else []
 
-    def _meet(self, device: str) -> None:
+    def _meet(self, device: str, members: Answers) -> None:
         """Be in one group with every engine's server: this rank is 0, engine i begins at 1 + i * width."""
-        if self._group is not None and all(there.result() for _, there in self._ask("member", self._name)):
+        if members and all(there.result() for _, there in members):
             return
         self._leave()
-        if self._pool is None:
-            raise TransportError("send before connect")
-        self._name = f"miles-{self._rank}-{next(self._numbers)}"
+        for engine, _ in [(engine, there) for engine, there in members if there.result()]:
+            with suppress(Exception):  # it would keep the group's memory, no more
+                self._ask(engine, "leave", self._name).result()
+        self._name = f"miles-{self._layout.rank}-{next(self._numbers)}"
         host = own_address()
         port = free_port(host)
         world = 1 + len(self._engines) * self._width
         joins = [
-            (
-                e,
-                self._pool.submit(
-                    e.ask, "join", host, port, 1 + i * self._width, world, self._name, timeout=self._timeout
-                ),
-            )
+            (e, self._ask(e, "join", host, port, 1 + i * self._width, world, self._name))
             for i, e in enumerate(self._engines)
         ]
         try:
@@ -109,7 +153,8 @@ class BroadcastTransport:
             for engine, join in joins:
                 if join.done() and (cause := join.exception()):
                     raise TransportError(f"{engine.name} did not join {self._name}: {cause}") from cause
-            raise TransportError(f"rank {self._rank} did not meet the engines at {host}:{port}: {error}") from error
+            where = f"rank {self._layout.rank} did not meet the engines at {host}:{port}"
+            raise TransportError(f"{where}: {error}") from error
         for engine, join in joins:
             if cause := join.exception():
                 raise TransportError(f"{engine.name} did not join {self._name}: {cause}") from cause
@@ -122,17 +167,25 @@ class BroadcastTransport:
 
     # -- a bucket ------------------------------------------------------------------------------------------------
 
-    def _post(self, flat: Flat) -> Sent:
+    def _post(self, bucket: Flat | Lone) -> Sent:
         """Have every engine wait for a bucket, and send it; both go on behind this call."""
-        bucket = wire.Broadcast(
-            tuple(p.name for p in flat.places),
-            tuple(str(p.dtype).removeprefix("torch.") for p in flat.places),
-            tuple(tuple(p.shape) for p in flat.places),
+        lone = isinstance(bucket, Lone)  # and is received as it is, where a flat bucket would be laid out there first
+        told = wire.Broadcast(
+            tuple(p.name for p in bucket.places),
+            tuple(str(p.dtype).removeprefix("torch.") for p in bucket.places),
+            tuple(tuple(p.shape) for p in bucket.places),
             self._name,
-            "flattened_bucket",
+            "" if lone else "flattened_bucket",
         )
-        loads = self._ask("load", bucket)
-        return Sent(flat.names, self._group.broadcast(flat.tensor, 0), loads)
+        loads = [(engine, self._ask(engine, "load", told)) for engine in self._engines]
+        tensor = bucket.whole if isinstance(bucket, Lone) else bucket.tensor
+        return Sent(bucket.places, tensor, self._group.broadcast(tensor, 0), loads)
+
+    def _pass(self, sent: Sent) -> None:
+        """Have what comes next wait until a bucket was sent: the GPU, not this thread, but where there is none."""
+        if not sent.tensor.is_cuda:
+            self._settle(sent)
+        sent.work.wait()
 
     def _settle(self, sent: Sent) -> None:
         """Wait until every engine has loaded a bucket. Raises TransportError with the first fault.
@@ -143,8 +196,22 @@ class BroadcastTransport:
         wait([load for _, load in sent.loads], return_when=FIRST_EXCEPTION)
         for engine, load in sent.loads:
             if load.done() and (cause := load.exception()):
-                raise TransportError(f"{engine.name} did not load {sent.names}: {cause}") from cause
-        sent.work.wait()
+                raise TransportError(f"{engine.name} did not load {names_of(sent.places)}: {cause}") from cause
+
+    def _arrive(self, sent: Sent) -> None:
+        """Wait until a bucket was sent, and so all before it. Engines answer as soon as their GPU will receive it."""
+        deadline = time.monotonic() + self._timeout
+        while not sent.work.is_completed():
+            if time.monotonic() > deadline:
+                names = names_of(sent.places)
+                raise TransportError(f"{names}: every engine said that it loaded them, but their broadcast hangs")
+            time.sleep(LOOK_S)
+        sent.work.wait()  # raises what went wrong with it
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
 def _enter(address: str, device: str, world: int, name: str, timeout_s: float) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ class Flat:
     """
 
     def __init__(self, size: int) -> None:
-        """``size`` in bytes; a tensor larger than it makes the buffer as large as itself, for good."""
-        self._size = size
+        """``size`` in bytes. No larger tensor may be put into it; see ``Lone``."""
+        self.size = size
         self._buffer: Tensor | None = None
         self._known: dict[str, tuple[Place, Tensor]] = {}  # where each tensor was the last time
         self._sources: list[Tensor] = []  # not copied yet
@@ -44,11 +45,10 @@ class Flat:
     def put(self, name: str, tensor: Tensor) -> bool:
         """False where it may not stand behind those that are there: no room, or a gap, and receivers leave none."""
         size, start = tensor.nbytes, self.used
-        if self.places and (start + size > self._size or start % tensor.itemsize):
+        if self.places and (start + size > self.size or start % tensor.itemsize):
             return False
-        if self._buffer is None or size > len(self._buffer):
-            self._known, self._buffer = {}, None  # the old one first
-            self._buffer = torch.empty(max(self._size, size), dtype=torch.uint8, device=tensor.device)
+        if self._buffer is None:
+            self._buffer = torch.empty(self.size, dtype=torch.uint8, device=tensor.device)
         place, target = self._known.get(name, (None, tensor))
         if place is None or (place.start, place.dtype, place.shape) != (start, tensor.dtype, tensor.shape):
             place = Place(name, tensor.dtype, tensor.shape, start, start + size)
@@ -75,29 +75,50 @@ class Flat:
         assert self._buffer is not None
         return self._buffer[: self.used]
 
-    @property
-    def names(self) -> str:
-        """What is in it, for a complaint."""
-        first, last = self.places[0].name, self.places[-1].name
-        return first if first == last else f"{first} ... {last} ({len(self.places)} tensors)"
-
     def clear(self) -> None:
         self.places, self.used = [], 0
         self._sources, self._targets, self._waiting = [], [], 0
 
 
-def buckets(tensors: Iterator[tuple[str, Tensor]], flats: tuple[Flat, Flat]) -> Iterator[Flat]:
-    """The tensors in the two buckets by turns; each is yielded when it is full, and filled again two yields later."""
-    full, filling = flats
+class Lone:
+    """A tensor larger than a bucket: it travels by itself, from where it lies, and is kept until it has arrived."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.whole = tensor.detach().contiguous()
+        self.places = [Place(name, tensor.dtype, tensor.shape, 0, tensor.nbytes)]
+        self.used = tensor.nbytes
+
+    @property
+    def tensor(self) -> Tensor:
+        """[used] uint8, no copy."""
+        return self.whole.view(-1).view(torch.uint8)
+
+
+def names_of(places: list[Place]) -> str:
+    """What is in a bucket, for a complaint."""
+    first, last = places[0].name, places[-1].name
+    return first if first == last else f"{first} ... {last} ({len(places)} tensors)"
+
+
+def buckets(tensors: Iterator[tuple[str, Tensor]], flats: Sequence[Flat]) -> Iterator[Flat | Lone]:
+    """The tensors in these buckets by turns, of one size. Each is yielded when it is full; of two, one is filled again
+    behind the next yield, of three behind the one after that. What is larger than a bucket comes by itself."""
     for flat in flats:  # what an earlier call left in them is not to be sent again
         flat.clear()
+    turns = cycle(flats)
+    filling = next(turns)
     for name, tensor in tensors:
-        if not filling.put(name, tensor):
-            filling.flush()
-            yield filling
-            full, filling = filling, full
-            filling.clear()
-            filling.put(name, tensor)
+        alone = tensor.nbytes > filling.size
+        if alone or not filling.put(name, tensor):
+            if filling.places:
+                filling.flush()
+                yield filling
+                filling = next(turns)
+                filling.clear()
+            if alone:
+                yield Lone(name, tensor)
+            else:
+                filling.put(name, tensor)
     if filling.places:
         filling.flush()
         yield filling

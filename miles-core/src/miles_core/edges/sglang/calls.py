@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -80,13 +81,18 @@ class Caller:
             raise Silent(f"{path}: no answer within {timeout:g} s") from error
         except httpx.TransportError as error:
             raise Unreachable(f"{path}: {type(error).__name__}: {error}") from error
-        try:
-            answer = reply.json() if reply.content else None
-        except ValueError:
-            answer = reply.text
-        if reply.status_code != 200 or (isinstance(answer, dict) and answer.get("success") is False):
-            raise Declined(f"{path}: status {reply.status_code}: {_message(answer)}", reply.status_code)
-        return answer
+        return answer_of(path, reply.status_code, reply.content)
+
+
+def answer_of(path: str, status: int, content: bytes) -> Any:
+    """What a reply says. Raises Declined where that is no."""
+    try:
+        answer = json.loads(content) if content else None
+    except ValueError:
+        answer = content.decode(errors="replace")
+    if status != 200 or (isinstance(answer, dict) and answer.get("success") is False):
+        raise Declined(f"{path}: status {status}: {_message(answer)}", status)
+    return answer
 
 
 def _message(answer: Any) -> str:

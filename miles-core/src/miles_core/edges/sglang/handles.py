@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,29 +15,32 @@ from ...types import Layout
 from ..protocols import TransportError, Worker
 from ..sharing import HERE
 from . import wire
-from .bucket import Flat, buckets
+from .bucket import Flat, Lone, Place, buckets, names_of
+
+FLATS = 4  # that take the memory of two buckets: the engine is never without one, and the last is soon loaded
 
 
 class HandleTransport:
     """Implements ``miles_core.types.Transport`` where the ranks of an engine's GPUs are the trainers of these GPUs.
 
     Every rank is given every tensor and lays it into a bucket of its own GPU; the first rank of each engine hands the
-    engine the handles of all. One bucket is filled while the engine loads the other; it has the next one at hand when
+    engine the handles of all. Some buckets are filled while the engine loads others; it has the next one at hand when
     it is done, so nobody waits for a reply but to fill that bucket again.
     """
 
     def __init__(self, gpus: int, bucket_bytes: int, timeout_s: float) -> None:
         """``gpus`` of an engine. An engine that has not loaded a bucket in ``timeout_s`` counts as dead."""
         self._gpus, self._timeout = gpus, timeout_s
-        self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
-        self._pool = ThreadPoolExecutor(3, thread_name_prefix="weights")  # two buckets, and what else it is told
+        self._flats = [Flat(max(1, 2 * bucket_bytes // FLATS)) for _ in range(FLATS)]
+        self._payloads: dict[tuple[int, str], tuple[list[Place], str]] = {}  # by buffer and first tensor
+        self._pool = ThreadPoolExecutor(FLATS + 1, thread_name_prefix="weights")  # and for what else it is told
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
         """Enter the group of the ranks that share an engine. A collective of all ranks."""
         self._engine, self._first = engines[layout.rank // self._gpus], layout.rank % self._gpus == 0
         sharing = [list(range(at, at + self._gpus)) for at in range(0, layout.world, self._gpus)]
         self._group = dist.new_subgroups_by_enumeration(sharing)[0] if self._gpus > 1 else None  # type: ignore[no-untyped-call]
-        _serialize(())  # what it imports takes seconds
+        _serialize([], None)  # what it imports takes seconds
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
         """Returns ``bytes`` and ``tensors``. What was loaded is compared by the engine itself; see ``end_update``.
@@ -44,15 +49,17 @@ class HandleTransport:
         """
         sent = count = 0
         loading: list[Future[None]] = []
+        kept: deque[Tensor] = deque(maxlen=FLATS)  # an engine may still read these
         staying = self._pool.submit(self._stay, self._room())
         try:
             for flat in buckets(tensors, self._flats):
                 sent, count = sent + flat.used, count + len(flat.places)
-                payloads = self._gathered(_serialize(flat))
+                kept.append(flat.tensor.clone() if isinstance(flat, Lone) else flat.tensor)
+                payloads = self._gathered(self._payload(flat, kept[-1]))
                 if self._first:
                     bucket = wire.Tensors(tuple(payloads), "flattened_bucket")
-                    loading.append(self._pool.submit(self._load, bucket, flat.names))
-                self._settle(loading, 1)  # the bucket before this one is filled next
+                    loading.append(self._pool.submit(self._load, bucket, names_of(flat.places)))
+                self._settle(loading, FLATS - 1)  # the oldest is filled next
             self._settle(loading, 0)
         finally:
             wait(loading)  # the engine reads these buckets; what else goes wrong follows from what is raised already
@@ -61,6 +68,23 @@ class HandleTransport:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _payload(self, bucket: Flat | Lone, tensor: Tensor) -> str:
+        """What the engine opens a bucket by: the same as in the last update, where the same tensors are there again.
+
+        PyTorch wraps a storage each time its handle is made, and in the end gives up telling the other process when
+        it has been filled; so a buffer's handle is made once, and filled before it is handed on.
+        """
+        if isinstance(bucket, Lone):
+            return _serialize(bucket.places, tensor)
+        key = tensor.data_ptr(), bucket.places[0].name
+        places, payload = self._payloads.get(key, ([], ""))
+        if places != bucket.places:
+            payload = _serialize(bucket.places, tensor)
+            self._payloads[key] = bucket.places, payload
+        if tensor.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return payload
 
     def _gathered(self, payload: str) -> list[str]:
         if self._group is None:
@@ -104,16 +128,16 @@ class HandleTransport:
             raise fault or TransportError(told)
 
 
-def _serialize(flat: Flat | tuple[()]) -> str:
+def _serialize(places: list[Place], tensor: Tensor | None) -> str:
     """What SGLang opens a bucket by: base64 of its own pickle, in which a GPU goes by its name, not its number."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
 
     monkey_patch_torch_reductions()
-    if not flat:
+    if tensor is None:
         return ""
-    told = [FlattenedTensorMetadata(p.name, p.shape, p.dtype, p.start, p.end, p.end - p.start) for p in flat.places]
-    payload = {"flattened_tensor": flat.tensor, "metadata": told}
+    told = [FlattenedTensorMetadata(p.name, p.shape, p.dtype, p.start, p.end, p.end - p.start) for p in places]
+    payload = {"flattened_tensor": tensor, "metadata": told}
     serialized: str = MultiprocessingSerializer.serialize(payload, output_str=True)
     return serialized

@@ -14,6 +14,7 @@ from .calls import Silent, Unreachable
 from .launch import Live, launch
 from .process import own_address
 from .turns import Turns
+from .update import Update
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
 AGAIN_S = 2.0  # between two of them
@@ -60,13 +61,12 @@ class SGLangEngine:
         self._host, self._backend, self._vocab = host or own_address(), backend, vocab
         self._start_timeout, self._timeout, self._hang = start_timeout_s, timeout_s, hang_s
         self._version = self._restarts = 0
-        self._loads = 0  # calls that may have changed weights, in this update
         self._busy = 0  # calls under way that may take long
         self._refusal = ""  # why no request may be served
         self._paused = False
-        self._session: Live | None = None  # the server that is being updated
+        self._update: Update | None = None  # that is under way
+        self._beginning = asyncio.Lock()
         self._turns = Turns(turns, may_stay)
-        self._beginning, self._loading = asyncio.Lock(), asyncio.Lock()  # an update, a bucket: each in its turn
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
@@ -111,13 +111,13 @@ class SGLangEngine:
         """Write no token until ``resume``; requests are still taken."""
         live = await self._live()
         self._paused = True
-        if self._session is None:
+        if self._update is None:
             await live.call.repeat("/pause_generation", {"mode": "in_place"})
 
     async def resume(self) -> None:
         live = await self._live()
         self._paused = False
-        if self._session is None:
+        if self._update is None:
             await self._go_on(live)
 
     async def health(self) -> dict[str, Any]:
@@ -153,66 +153,68 @@ class SGLangEngine:
         """
         async with self._beginning:
             live = await self._live()
-            if self._session is live:
-                return False
-            self._loads = 0
+            if self._update:
+                if self._update.live is live:
+                    return False
+                self._update.end()  # of the server before this one
             if not live.sessions:
                 await self._unpin(live)
                 await self._long(live, "/pause_generation", {"mode": "abort"})
             # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush later.
             await live.call.repeat("/pause_generation", {"mode": "retract"})
-            if not (gives := self._turns.begin()) and self._turns.shared:
-                await live.call.repeat(FORGET)  # nothing is in flight, so now, behind the training, and not at the end
+            gives = self._turns.begin()
             await (self.release(["kv_cache", "weights"]) if gives else self._open(live))
-            self._session = live
+            self._update = Update(live, not gives, self._wake if gives else None)
             return True
 
     async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
-        """Have the server load a bucket, after those that came before. Returns no checksums: it has none of single
-        tensors as they were sent. Raises TransportError with what is wrong; ``abort_update`` replaces the server."""
-        live = self._updating("weights arrived outside an update; call begin_update first")
-        path, body = wire.update(bucket)
-        self._loads += 1
+        """Have the server load a bucket, after those that came before, which need not be loaded yet. Returns no
+        checksums: it has none of tensors as they were sent. Raises TransportError with what is wrong."""
+        update = self._updating("weights arrived outside an update; call begin_update first")
         try:
-            async with self._loading:
-                if self._session is not live:
-                    raise EngineError("its update was given up meanwhile")
-                if self._turns.asleep:
-                    await self.restore(["weights"])
-                    await self._open(live)
-                    self._turns.asleep = False
-                await self._long(live, path, body)
+            await update.load(bucket, self._timeout)
         except EngineError as error:
             raise TransportError(f"the SGLang server did not load a bucket: {error}") from error
         return {}
 
+    async def take_turn(self) -> None:
+        """Wait until no other rank sends. Where several ranks send to several engines, each asks the first engine."""
+        await self._updating("a rank's turn to send outside an update; call begin_update first").take_turn()
+
+    async def end_turn(self) -> None:
+        if self._update:
+            self._update.end_turn()
+
     async def stay(self, room: int) -> bool:
         """Whether it keeps its memory from the next ``begin_update`` on, as ``Turns.stay`` decides by ``room``."""
         return self._turns.stay(room, (await self._live()).size)
+
+    async def _wake(self) -> None:
+        await self.restore(["weights"])
+        await self._open(await self._live())
+        self._turns.asleep = False
 
     async def _open(self, live: Live) -> None:
         if live.sessions:
             await live.call.post("/begin_weight_update", {"selector": "all"})
 
     async def end_update(self, version: int) -> None:
-        """Forget what the old weights computed, and serve the new ones as ``version``.
+        """Serve the new weights as ``version``.
 
         Version 0 is the model on disk, so it must leave every tensor as it was when the server started. Raises
         TransportError when it does not, naming the tensors, when nothing arrived, or when the server refuses;
         ``abort_update`` then replaces the server.
         """
-        live = self._updating("end_update without begin_update")
-        if not self._loads:
+        update = self._updating("end_update without begin_update")
+        if not update.loads:
             raise TransportError("no weights arrived between begin_update and end_update")
         try:
-            if live.sessions:
+            if (live := update.live).sessions:
                 await self._long(live, "/end_weight_update")
             if version == 0 and self._disk is not None:
                 wire.compare(self._disk, await self.checksums())
             if self._turns.slept:
                 await self.restore(["kv_cache"])
-            if not self._turns.shared:
-                await live.call.repeat("/flush_cache")
             stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
             await live.call.repeat("/update_weight_version", {"new_version": stamped, "abort_all_requests": False})
             if not self._paused:
@@ -220,14 +222,16 @@ class SGLangEngine:
         except EngineError as error:
             raise TransportError(f"the SGLang server did not end the update: {error}") from error
         self._aborted = {id: at for id, at in self._aborted.items() if at == self._version}
-        self._version, self._session, self._refusal, self._loads = version, None, "", 0
+        self._version, self._update, self._refusal = version, None, ""
+        update.end()
 
     async def abort_update(self) -> None:
         """Give up an update. A server whose weights were partly overwritten is replaced; returns at once."""
-        live, self._session = self._session, None
-        if live is None or not self._is_current(live):
+        update, self._update = self._update, None
+        if not update:
             return
-        if not (self._loads or self._turns.asleep):
+        update.end()
+        if self._is_current(live := update.live) and not update.touched:
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     if live.sessions:
@@ -235,15 +239,14 @@ class SGLangEngine:
                     if not self._paused:
                         await self._go_on(live)
                 return
-        self._replace(live, "an update of its weights was cut short", stale=bool(self._loads or self._turns.asleep))
+        self._replace(live, "an update of its weights was cut short", stale=update.touched)
 
     async def join(self, address: str, port: int, rank_offset: int, world: int, name: str) -> None:
         """Enter the group ``name`` of ``world`` ranks that meets at ``address``, as ranks ``rank_offset`` and up.
         Returns once all of them are there. A server that was replaced is in no group any more."""
-        where = {"master_address": address, "master_port": port}
-        place = {"rank_offset": rank_offset, "world_size": world, "group_name": name, "backend": self._backend}
+        body = {"master_address": address, "master_port": port, "rank_offset": rank_offset, "world_size": world}
         live = await self._live()
-        await self._long(live, "/init_weights_update_group", where | place)
+        await self._long(live, "/init_weights_update_group", body | {"group_name": name, "backend": self._backend})
         self._groups[name] = live
 
     async def leave(self, name: str) -> None:
@@ -252,8 +255,7 @@ class SGLangEngine:
 
     async def member(self, name: str) -> bool:
         """Whether its server is in the group ``name``. One that is not would be waited for in vain."""
-        live = self._groups.get(name)
-        return live is not None and live is self._session
+        return self._update is not None and self._groups.get(name) is self._update.live
 
     async def checksums(self) -> dict[str, str]:
         """A hash of each parameter and buffer, by tensor-parallel rank and SGLang's own name: "0/model.norm.weight".
@@ -309,13 +311,13 @@ class SGLangEngine:
         started = self._starting
         return started.done() and not started.exception() and started.result() is live
 
-    def _updating(self, otherwise: str) -> Live:
-        """The server that is being updated; TransportError when none is."""
-        if self._session is None:
+    def _updating(self, otherwise: str) -> Update:
+        """The update under way; TransportError when none is."""
+        if self._update is None:
             raise TransportError(otherwise)
-        if not self._is_current(self._session):
+        if not self._is_current(self._update.live):
             raise TransportError(f"the server was replaced in the middle of the update; {self._refusal}")
-        return self._session
+        return self._update
 
     async def _unpin(self, live: Live) -> None:
         """Make requests of a paused server abortable: those that keep their place are, but by their next token."""
@@ -385,12 +387,12 @@ class SGLangEngine:
                 await asyncio.wait_for(live.process.ended.wait(), LOOK_S)
             if not live.process.alive:
                 return f"its server died{live.process.last_words()}"
-            if self._session or self._busy or monotonic() - asked < min(PULSE_S, self._hang):
+            if self._update or self._busy or monotonic() - asked < min(PULSE_S, self._hang):
                 continue
             try:
                 await live.call.get("/server_info", timeout=self._hang)
             except (Silent, Unreachable) as error:
-                if not (self._session or self._busy):
+                if not (self._update or self._busy):
                     return f"its server hangs: {error}"
             asked = monotonic()
         return ""

@@ -51,8 +51,12 @@ class Stranger(EngineError):
     """A server answered that is not the one asked: its port went to another."""
 
 
-def update(bucket: Tensors | Broadcast) -> tuple[str, dict[str, Any]]:
-    """Path and body that load a bucket. The cache is not flushed: that is done once, when all buckets are in."""
+def update(bucket: Tensors | Broadcast, flush: bool) -> tuple[str, dict[str, Any]]:
+    """Path and body that load a bucket. ``flush`` the cache with it: once an update, while the server stands still.
+
+    That keeps the memory in which buckets arrive, which ``/flush_cache`` would give back to the driver. 0.5.16 ends
+    itself where a request is in flight, later ones decline.
+    """
     if isinstance(bucket, Tensors):
         path = "/update_weights_from_tensor"
         body: dict[str, Any] = {"serialized_named_tensors": list(bucket.serialized)}
@@ -64,7 +68,7 @@ def update(bucket: Tensors | Broadcast) -> tuple[str, dict[str, Any]]:
             "shapes": [list(shape) for shape in bucket.shapes],
             "group_name": bucket.group,
         }
-    return path, body | {"load_format": bucket.load_format or None, "flush_cache": False}
+    return path, body | {"load_format": bucket.load_format or None, "flush_cache": flush}
 
 
 def checksums(ranks: list[dict[str, Any]]) -> dict[str, str]:

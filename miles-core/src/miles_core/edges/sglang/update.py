@@ -1,0 +1,67 @@
+"""One update of a server's weights, from the call that begins it to the one that ends it or gives it up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from ..protocols import EngineError, TransportError
+from . import wire
+from .launch import Live
+from .line import Line
+
+GIVEN_UP = "its update was given up meanwhile"
+
+
+class Update:
+    """Hands buckets to the server in the order they come, without waiting until it has loaded those before."""
+
+    def __init__(self, live: Live, forget: bool, wake: Callable[[], Awaitable[None]] | None) -> None:
+        """``forget``: have the server forget, with the first bucket, what old weights computed; nothing is in flight.
+        ``wake`` is called before the first bucket, where the server has given its memory up."""
+        self.live, self._forget, self._wake = live, forget, wake
+        self.loads = 0  # calls that may have changed weights
+        self._line = Line(live.url)
+        self._handing, self._sending = asyncio.Lock(), asyncio.Lock()
+        self._over = False
+
+    @property
+    def touched(self) -> bool:
+        """Whether the server's weights may be of no version."""
+        return bool(self.loads or self._wake)
+
+    async def load(self, bucket: wire.Tensors | wire.Broadcast, timeout: float) -> None:
+        """Returns once the server has said that it loaded it. Raises EngineError."""
+        self.loads += 1
+        async with self._handing:
+            self._check()
+            if self._wake:
+                await self._wake()
+                self._wake = None
+                self._check()
+            path, body = wire.update(bucket, self._forget)
+            answer = await self._line.send(path, body)
+            self._forget = False
+        await self._line.wait(path, answer, timeout)
+
+    async def take_turn(self) -> None:
+        """Wait until no other rank sends. Two that broadcast to several engines at once would each find one engine
+        busy with the other's bucket, for ever."""
+        await self._sending.acquire()
+        if self._over:
+            self.end_turn()  # the next one hears of it too
+            raise TransportError(GIVEN_UP)
+
+    def end_turn(self) -> None:
+        if self._sending.locked():
+            self._sending.release()
+
+    def end(self) -> None:
+        """No bucket comes any more, or none is wanted."""
+        self._over = True
+        self._line.close()
+        self.end_turn()
+
+    def _check(self) -> None:
+        if self._over:
+            raise EngineError(GIVEN_UP)
