@@ -113,9 +113,7 @@ def assert_whole(requests: list[Request], completions: list[Completion], version
         assert all(logprob <= 0 for logprob in completion.logprobs)
 
 
-def apart(
-    one: Trainer, requests: list[Request], completions: list[Completion], version: int | None = None
-) -> float:
+def apart(one: Trainer, requests: list[Request], completions: list[Completion], version: int | None = None) -> float:
     """Mean absolute difference of the log-probabilities that engine and trainer give the sampled tokens; of those that
     ``version`` wrote, where one is named."""
     rows = [
