@@ -118,6 +118,13 @@ class RunConfig(Table):
         """How many versions older than the newest weights a token may be when it is trained on."""
         return {"sync": 0, "overlap": 1, "async": self.rollout.max_staleness}[self.mode]
 
+    def due(self, every: int, step: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is done after this one."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+    def saves(self, step: int) -> bool:
+        return self.due(self.checkpoint.every, step) or step == self.steps
+
     @property
     def own(self) -> dict[str, str]:
         """Which of core's plugins answers a slot that two of them can."""
