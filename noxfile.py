@@ -111,8 +111,9 @@ def tests(session: nox.Session, package: str) -> None:
 
 @nox.session
 def together(session: nox.Session) -> None:
-    """Every plugin in one environment, as a container ships them."""
+    """Every plugin in one environment, as a container ships them; what only a GPU can run is at least imported."""
     prepare(session, *editable(*PACKAGES), group="test")
+    session.run("pytest", "--collect-only", "--quiet", "-m", "gpu", "tests/gpu", silent=True)
     session.run("pytest", "tests/together", *STANDS_ALONE, *session.posargs)
 
 

@@ -70,6 +70,8 @@ def rate(data: Path, mode: str, staleness: int, seed: int, args: Any) -> dict[st
     return {
         "samples/s": len(rows) * GROUPS * ATTEMPTS / sum(row["time/step"] for row in rows),
         "stale": statistics.fmean(row["staleness/mean"] for row in rows),
+        "stalest": max(row["staleness/max"] for row in rows),
+        "too_old": sum(row["staleness/too_old"] for row in rows),
         "waited": sum(row["time/wait"] for row in rows) / sum(row["time/step"] for row in rows),
     }
 
@@ -95,13 +97,14 @@ def main() -> None:
                 found[name].append(rate(data, mode, staleness, seed, args))
     base = {name: statistics.median(row["samples/s"] for row in rows) for name, rows in found.items()}
     lines = [
-        "| mode | samples/s | of sync | of overlap | mean staleness | trainer waited |",
-        "|---|---|---|---|---|---|",
+        "| mode | samples/s | of sync | of overlap | mean staleness | most | trainer waited |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, rows in found.items():
         mean = {key: statistics.fmean(row[key] for row in rows) for key in ("stale", "waited")}
+        most = max(row["stalest"] for row in rows)
         ratios = f"{base[name] / base['sync']:.2f} | {base[name] / base['overlap']:.2f}"
-        lines.append(f"| {name} | {base[name]:.1f} | {ratios} | {mean['stale']:.2f} | {mean['waited']:.0%} |")
+        lines.append(f"| {name} | {base[name]:.1f} | {ratios} | {mean['stale']:.2f} | {most:.0f} | {mean['waited']:.0%} |")
     print("\n".join(lines))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,11 @@ class Shape:
         return 6.0 * parameters * sum(lengths) + attention
 
 
-SHAPES = {"0.6B": Shape(1024, 3072, 28, 16, 8), "4B": Shape(2560, 9728, 36, 32, 8)}
+SHAPES = {
+    "0.1B": Shape(768, 3072, 12, 12, 6, 64, 512),
+    "0.6B": Shape(1024, 3072, 28, 16, 8),
+    "4B": Shape(2560, 9728, 36, 32, 8),
+}
 
 
 def write(work: Path, name: str, shape: Shape | None = None) -> Path:
@@ -62,10 +66,20 @@ def write(work: Path, name: str, shape: Shape | None = None) -> Path:
     torch.set_default_dtype(torch.float32)
     writing = work / f"{name}.writing"
     model.save_pretrained(writing)
+    write_tokenizer(writing)
     writing.rename(folder)
     del model
     forget()
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One that a run can load; prompts are tokens here, so what it knows does not matter."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(vocab={"<pad>": 0, "<eos>": 1}, merges=[], unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def run_of(folder: Path, layout: str, **tables: Any) -> Any:
@@ -102,8 +116,11 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def matrix_rate(n: int = 8192, times: int = 30) -> float:
-    """FLOP/s of a product of two random bfloat16 matrices [n, n]; zeros would run faster."""
+def matrix_rate(n: int = 8192, times: int = 30, samples: int = 25) -> float:
+    """FLOP/s of a product of two random bfloat16 matrices [n, n]; zeros would run faster.
+
+    The median over about a second, for a card that was cold runs faster at first than it can for long.
+    """
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def products() -> None:
@@ -111,7 +128,7 @@ def matrix_rate(n: int = 8192, times: int = 30) -> float:
             a @ b
 
     products()
-    return 2 * n**3 * times / seconds(products)
+    return 2 * n**3 * times / statistics.median(seconds(products) for _ in range(samples))
 
 
 def copy_seconds(size: int, times: int = 9) -> float:

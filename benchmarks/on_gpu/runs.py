@@ -1,33 +1,52 @@
-"""Whole runs of the arithmetic example with 100M parameters, by what they write into metrics.jsonl."""
+"""Whole runs, started as a user starts them, by what they write into metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from .models import write
 from .table import Report, Row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic"
+WORKLOAD = Path(__file__).with_name("workload.toml")
 MILES = [sys.executable, "-c", "from miles_core.cli import main; main()"]
 STEPS, WARM = 14, 4  # of a run; the first ones find kernels and memory
-SAMPLES = 64 * 16  # a step: groups of gpu.toml, attempts of run.toml
-BAR = 0.08
-PARTS = ("step", "sample", "reward", "train", "sync", "other")
+SAMPLES = 64 * 16  # a step of the example: groups of gpu.toml, attempts of run.toml
+BAR, STALL, ACCURACY = 0.08, 0.05, 0.95
+PARTS = ("step", "sample", "reward", "train", "sync", "checkpoint", "other")
+Rows = list[dict[str, float]]
 
 
-def metrics(work: Path, sglang: Path, name: str, *options: str) -> list[dict[str, float]]:
-    """Of every step of a run with ``options`` but the first few, and the last one, which writes a checkpoint."""
+def miles_run(files: Sequence[Path], where: Path, *options: str, gpus: str = "") -> Rows:
+    """``miles run`` with ``options`` as --set, its folder ``where``; the lines of metrics.jsonl.
+
+    ``gpus`` are the numbers of those that it may use; all of them where it is empty.
+    """
+    words = [word for one in (f"run_dir={where}", *options) for word in ("--set", one)]
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    subprocess.run([*MILES, "run", *files, *words], check=True, env=env)
+    return [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+
+
+def usual(rows: Rows, last: int) -> Rows:
+    """Without the first few, and the last one, which writes a checkpoint and sends no weights ahead."""
+    return [row for row in rows if WARM < row["step"] < last]
+
+
+def example(work: Path, sglang: Path, name: str, *options: str) -> Rows:
+    """The usual steps of the arithmetic example with 100M parameters."""
     subprocess.run([sys.executable, EXAMPLE / "make.py", "--size", "100M"], check=True)
-    where = work / f"{name}-{time.time_ns()}"
-    given = (f"steps={STEPS}", "eval.every=0", "checkpoint.every=0", f"run_dir={where}", *options)
+    given = (f"steps={STEPS}", "eval.every=0", "checkpoint.every=0", *options)
     files = [EXAMPLE / "run.toml", EXAMPLE / "gpu.toml", sglang]
-    subprocess.run([*MILES, "run", *files, *(word for one in given for word in ("--set", one))], check=True)
-    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if WARM < row["step"] < STEPS]
+    return usual(miles_run(files, work / f"{name}-{time.time_ns()}", *given), STEPS)
 
 
 def rest(row: dict[str, float]) -> float:
@@ -35,28 +54,58 @@ def rest(row: dict[str, float]) -> float:
     return 1 - sum(row[f"time/{part}"] for part in ("sample", "reward", "train")) / row["time/step"]
 
 
-def step(work: Path, sglang: Path, report: Report) -> None:
-    rows = metrics(work, sglang, "colocate", "placement.layout=colocate")
-    share = statistics.median(map(rest, rows))
-    parts = {part: 1e3 * statistics.median(row[f"time/{part}"] for row in rows) for part in PARTS}
-    told = ", ".join(f"{part} {ms:.0f}" for part, ms in parts.items())
-    report(
-        Row(
-            "step",
-            "share of a colocated step that is neither sampling nor training nor rewards, 100M",
-            share,
-            bar=f"under {BAR:g}",
-            met=share < BAR,
-            note=f"medians of {len(rows)} steps, in ms: {told}",
-        )
+def told(rows: Rows) -> str:
+    parts = {part: 1e3 * statistics.median(row.get(f"time/{part}", 0.0) for row in rows) for part in PARTS}
+    return ", ".join(f"{part} {ms:.0f}" for part, ms in parts.items())
+
+
+def share(name: str, what: str, rows: Rows) -> Row:
+    value = statistics.median(map(rest, rows))
+    return Row(
+        name,
+        f"share of a colocated step that is neither sampling nor training nor rewards, {what}",
+        value,
+        bar=f"under {BAR:g}",
+        met=value < BAR,
+        note=f"medians of {len(rows)} steps, in ms: {told(rows)}",
     )
+
+
+def step(names: list[str], work: Path, sglang: Path, report: Report) -> None:
+    """The rows "step" and "checkpoint" of a 0.6B model, and "step-100M" of the example."""
+    if {"step", "checkpoint"} & set(names):
+        options = [f"model.path={write(work, '0.6B')}", "placement.layout=colocate", "sglang.mem_fraction_static=0.4"]
+        options += ["checkpoint.every=6", "checkpoint.keep=1"]
+        rows = usual(miles_run([WORKLOAD, sglang], work / f"step-{time.time_ns()}", *options, "steps=20"), 20)
+        plain = [row for row in rows if "time/checkpoint" not in row]
+        saving = [row for row in rows if "time/checkpoint" in row]
+        report(share("step", "0.6B, 256 prompts x 256 tokens", plain))
+        stall = statistics.median(row["time/checkpoint"] for row in saving)
+        usually = statistics.median(row["time/step"] for row in plain)
+        report(
+            Row(
+                "checkpoint",
+                "training stands still for a checkpoint of 0.6B parameters, optimizer included",
+                stall,
+                "s",
+                usually,
+                "a step",
+                stall / usually,
+                f"under {STALL:g}",
+                stall < STALL * usually,
+                "each: " + ", ".join(f"{row['time/checkpoint']:.3f}" for row in saving),
+            )
+        )
+    if "step-100M" in names:
+        rows = example(work, sglang, "colocate", "placement.layout=colocate")
+        report(share("step-100M", "100M, the arithmetic example: 1,024 samples of at most 4 tokens", rows))
 
 
 def layouts(work: Path, sglang: Path, report: Report) -> None:
     """Two GPUs used in turns by both sides, and one for each side."""
     two = ("placement.trainers=2", "placement.engines=2")
-    turns = metrics(work, sglang, "turns", "placement.layout=colocate", *two)
-    apart = metrics(work, sglang, "split", "placement.layout=split", "mode=overlap")
+    turns = example(work, sglang, "turns", "placement.layout=colocate", *two)
+    apart = example(work, sglang, "split", "placement.layout=split", "mode=overlap")
     rates = [SAMPLES / statistics.median(row["time/step"] for row in rows) for rows in (apart, turns)]
     report(
         Row(
@@ -69,5 +118,25 @@ def layouts(work: Path, sglang: Path, report: Report) -> None:
             rates[0] / rates[1],
             "report both",
             note=f"medians of {len(turns)} steps",
+        )
+    )
+
+
+def learning(work: Path, sglang: Path, out: Path, report: Report) -> None:
+    """The arithmetic example as examples/arithmetic/gpu.toml has it; its metrics are kept in ``out``, for the curve."""
+    subprocess.run([sys.executable, EXAMPLE / "make.py", "--size", "100M"], check=True)
+    where = work / f"learning-{time.time_ns()}"
+    rows = miles_run([EXAMPLE / "run.toml", EXAMPLE / "gpu.toml", sglang], where)
+    (out / "arithmetic-100M").mkdir(parents=True, exist_ok=True)
+    shutil.copy(where / "metrics.jsonl", out / "arithmetic-100M")
+    seen = {int(row["step"]): row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+    report(
+        Row(
+            "learning",
+            "held-out accuracy of the arithmetic example, 100M",
+            rows[-1]["eval/accuracy"],
+            bar=f"at least {ACCURACY:g}",
+            met=rows[-1]["eval/accuracy"] >= ACCURACY,
+            note=f"{rows[-1]['time_s']:.0f} s; after steps " + ", ".join(f"{at}: {x:.3f}" for at, x in seen.items()),
         )
     )

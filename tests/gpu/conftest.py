@@ -74,3 +74,9 @@ def te() -> None:
 def two_gpus() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+
+
+@pytest.fixture
+def four_gpus() -> None:
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs")

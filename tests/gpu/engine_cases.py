@@ -113,10 +113,14 @@ def assert_whole(requests: list[Request], completions: list[Completion], version
         assert all(logprob <= 0 for logprob in completion.logprobs)
 
 
-def apart(one: Trainer, requests: list[Request], completions: list[Completion]) -> float:
-    """Mean absolute difference of the log-probabilities that engine and trainer give the sampled tokens."""
+def apart(one: Trainer, requests: list[Request], completions: list[Completion], version: int | None = None) -> float:
+    """Mean absolute difference of the log-probabilities that engine and trainer give the sampled tokens; of those that
+    ``version`` wrote, where one is named."""
     rows = [
-        (request.tokens + completion.tokens, [0.0] * len(request.tokens) + [1.0] * len(completion.tokens))
+        (
+            request.tokens + completion.tokens,
+            [0.0] * len(request.tokens) + [float(version in (None, wrote)) for wrote in completion.versions],
+        )
         for request, completion in zip(requests, completions, strict=True)
     ]
     told = [

@@ -20,7 +20,9 @@ from gpu_cases import (
     trainer,
     write_model,
 )
-from miles_core.types import Refused
+from miles_core.edges.megatron.hf import architecture, read
+from miles_core.edges.megatron.need import planned
+from miles_core.types import Refused, Role
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("alone")]
 VOCAB = SHAPE["vocab_size"]
@@ -105,6 +107,29 @@ def test_gradients_agree_with_transformers(tiny: Path, layers: str) -> None:
     assert error(joined(found), joined(expected)) < ROUNDED[1]
 
 
+def test_recomputed_activations_change_no_gradient_and_take_less_memory(tiny: Path, layers: str) -> None:
+    given = sequences(LENGTHS, VOCAB, shared=3)
+    run = run_of(tiny, batch={"micro_tokens": sum(LENGTHS) - 2 * 16})  # two of three prompts are not computed
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    found, peaks = [], []
+    for keys in ({}, again):
+        with trainer(run, transformer_impl=layers, **keys) as one:
+            for _ in range(2):  # what kernels take once, they have the second time
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                one.learn([pack(given)])
+                peak = torch.cuda.max_memory_allocated() - before
+                gradients = one.gradients()
+                one.model.step(lambda norm: "only the gradients count here")
+        found.append(gradients)
+        peaks.append(peak)
+        assert peak > planned(keys, run, architecture(read(tiny)), Role(trained=True)).activations, "they are the least"
+    apart = errors(found[1], found[0])
+    assert max(apart.values()) < PACKED[0], apart
+    assert error(joined(found[1]), joined(found[0])) < PACKED[1]
+    assert peaks[1] < peaks[0]
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +180,8 @@ def test_a_plan_that_cannot_fit_is_refused_with_its_arithmetic(tmp_path: Path) -
     folder = write_model(tmp_path / "wide", hidden_size=2048, intermediate_size=6144)
     with trainer(run_of(folder)) as one:  # what a process takes once, it has by now
         total = one.model._needs.total
+        plan = planned({}, run_of(folder), architecture(read(folder)), Role(trained=True))
+        assert plan.total - plan.activations == pytest.approx(total, rel=1e-3)
     hog = torch.empty(free() - int(0.8 * total), dtype=torch.uint8, device="cuda")
     with pytest.raises(Refused, match="policy does not fit") as refused:
         Trainer(run_of(folder))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -86,10 +87,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+CLI = [sys.executable, "-c", "from miles_core.cli import main; main()"]
+
+
 def start(folder: Path, sglang: Path, *options: str) -> subprocess.Popen[str]:
-    cli = [sys.executable, "-c", "from miles_core.cli import main; main()", "run", "run.toml", str(sglang)]
     return subprocess.Popen(
-        [*cli, "--set", "run_dir=out", *options],
+        [*CLI, "run", "run.toml", str(sglang), "--set", "run_dir=out", *options],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -121,46 +124,89 @@ def assert_nothing_is_left(folder: Path, before: int) -> None:
     until(lambda: free() > before - LEFT, GONE_S, f"{before >> 20} MiB of the GPU are free again, as before the run")
 
 
-@pytest.fixture(scope="module")
-def ended(folder: Path, sglang: Path) -> int:
-    """A run that was told to end after its fifth step or a little later; the last one that it finished."""
+def assert_audited(folder: Path, name: str, trained: int) -> None:
+    """Every prompt is in one state, none was skipped, none was trained on twice."""
+    audit = subprocess.run([*CLI, "audit", name], cwd=folder, capture_output=True, text=True)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert f"{trained} trained" in audit.stdout.replace(",", ""), audit.stdout
+
+
+def reach(process: subprocess.Popen[str], folder: Path, name: str, step: int) -> None:
+    """Wait until the run has done ``step``, and is not over."""
+
+    def done() -> bool:
+        rows = metrics(folder, name)
+        return process.poll() is not None or bool(rows) and rows[-1]["step"] >= step
+
+    until(done, 360, f"the run does its step {step}")
+    assert process.poll() is None, (process.communicate()[0], story(folder, name))
+
+
+def told_to_end(folder: Path, sglang: Path, name: str, *options: str) -> int:
+    """A run that gets SIGTERM after its fifth step or a little later; the last one that it finished."""
     before = free()
-    process = start(folder, sglang)
+    process = start(folder, sglang, "--set", f"run_dir={name}", *options)
     try:
-        until(
-            lambda: process.poll() is not None or (metrics(folder) and metrics(folder)[-1]["step"] >= 5),
-            360,
-            "the run does its fifth step",
-        )
-        assert process.poll() is None, (process.communicate()[0], story(folder))
-        assert before - free() > 1 << 30, "while it ran its engine and its trainer were on this GPU"
+        reach(process, folder, name, 5)
+        assert before - free() > 1 << 30, "while it ran it was on this GPU"
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode not in (0, 2), out
     assert_nothing_is_left(folder, before)
-    return int(metrics(folder)[-1]["step"])
+    return int(metrics(folder, name)[-1]["step"])
+
+
+def servers_of(folder: Path) -> list[int]:
+    """SGLang's own processes of the runs in ``folder``: each is the child of a guard, and is none."""
+    found = []
+    for pid in (int(told.split()[0]) for told in processes_of(str(folder))):
+        with suppress(OSError):  # it is gone by now
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            mine, above = (Path(f"/proc/{p}/cmdline").read_bytes() for p in (pid, parent))
+            if b"guard.py" in above and b"guard.py" not in mine:
+                found.append(pid)
+    return found
+
+
+def resumed_with_a_kill(folder: Path, sglang: Path, name: str, ended: int, last: int, *options: str) -> str:
+    """A run that goes on behind step ``ended`` until ``last``, whose server is killed on the way; what it said."""
+    before = free()
+    process = start(folder, sglang, "--set", f"run_dir={name}", "--resume", "--set", f"steps={last}", *options)
+    try:
+        reach(process, folder, name, ended + 1)
+        [server] = servers_of(folder)
+        os.kill(server, signal.SIGKILL)
+        out, _ = process.communicate(timeout=420)
+    finally:
+        process.kill()
+    assert process.returncode == 0, (out, story(folder, name))
+    assert_nothing_is_left(folder, before)
+    assert "is replaced: its server died" in (folder / name / "logs" / "engine-0.log").read_text()
+    went_on = re.search(r"going on after step (\d+)", out)
+    # The newest checkpoint, or the one before where that was still being written.
+    assert went_on and ended - 4 < int(went_on[1]) <= ended and int(went_on[1]) % 2 == 0, out
+    assert [row["step"] for row in metrics(folder, name)] == list(range(1, last + 1))
+    assert_audited(folder, name, 16 * last)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path, sglang: Path) -> int:
+    return told_to_end(folder, sglang, "out")
 
 
 def test_a_run_that_was_told_to_end_leaves_nothing_on_the_gpu(ended: int) -> None:
     assert ended >= 5
 
 
-def test_a_run_goes_on_to_its_end_and_leaves_nothing(folder: Path, sglang: Path, ended: int) -> None:
-    before, last = free(), ended + 4
-    process = start(folder, sglang, "--resume", "--set", f"steps={last}")
-    try:
-        out, _ = process.communicate(timeout=420)
-    finally:
-        process.kill()
-    assert process.returncode == 0, (out, story(folder))
-    assert_nothing_is_left(folder, before)
-    went_on = re.search(r"going on after step (\d+)", out)
-    # The newest checkpoint, or the one before where that was still being written.
-    assert went_on and ended - 4 < int(went_on[1]) <= ended and int(went_on[1]) % 2 == 0, out
+def test_a_run_whose_server_is_killed_goes_on_to_its_end_and_leaves_nothing(
+    folder: Path, sglang: Path, ended: int
+) -> None:
+    last = ended + 20  # so many that it cannot be over before its server is killed
+    resumed_with_a_kill(folder, sglang, "out", ended, last)
     steps = metrics(folder)
-    assert [row["step"] for row in steps] == list(range(1, last + 1))
     assert [row["weight_version"] for row in steps] == list(range(1, last + 1))
     assert max(row["kl/train_rollout"] for row in steps) < 0.02
     assert all(row["staleness/max"] == 0 for row in steps)

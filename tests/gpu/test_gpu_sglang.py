@@ -165,6 +165,33 @@ def test_a_step_changes_what_is_sampled(served: Served, one: Trainer, transport:
     assert apart(one, requests, new) < APART < 5 * APART < apart(one, requests, old)
 
 
+def test_requests_in_flight_go_on_under_new_weights(served: Served, one: Trainer, transport: HandleTransport) -> None:
+    """Each token is of the version that it is said to be of, and has that version's log-probability."""
+    old = served.version
+    parameters = list(one.model.module.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    one.learn([pack(sequences((400, 300), SHAPE["vocab_size"]))])
+    one.model.step(lambda norm: None)
+    after = [parameter.detach().clone() for parameter in parameters]
+    requests = [r for g in range(90, 94) for r in group(g, 4, 800)]
+    started = served.start(requests)
+    until(lambda: running(served), 30, "requests run")
+    time.sleep(0.3)
+    assert not started.done()
+    push(served, one, transport, old + 1)
+    completions = started.result(120)
+    for completion in completions:
+        assert completion.finish == "length" and len(completion.tokens) == len(completion.logprobs) == 800
+        assert set(completion.versions) == {old, old + 1} and completion.versions == sorted(completion.versions)
+    assert apart(one, requests, completions, old + 1) < APART < 5 * APART < apart(one, requests, completions, old)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+        assert apart(one, requests, completions, old) < APART
+        for parameter, value in zip(parameters, after, strict=True):
+            parameter.copy_(value)
+
+
 def never_stays(served: Served, one: Trainer, transport: HandleTransport) -> None:
     """From the next training on, the engine gives its memory up."""
     HERE.trained = False

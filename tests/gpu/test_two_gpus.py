@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_cases import SHAPE, free, pack, run_of, sequences, trainer
-from test_gpu_run import assert_nothing_is_left, folder, metrics, start, story
+from test_gpu_run import (
+    assert_audited,
+    assert_nothing_is_left,
+    folder,
+    metrics,
+    resumed_with_a_kill,
+    start,
+    story,
+    told_to_end,
+)
 from two_ranks import LAYOUTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("two_gpus"), pytest.mark.timeout(500)]
@@ -71,4 +80,19 @@ def test_a_run_with_an_engine_of_its_own_overlaps_by_one_step(folder: Path, sgla
     steps = metrics(folder, "split")
     assert [row["step"] for row in steps] == list(range(1, 7))
     assert [row["staleness/max"] for row in steps] == [0, 1, 1, 1, 1, 1]
+    assert steps[0]["kl/train_rollout"] < 0.02
+    assert_audited(folder, "split", 16 * 6)
+
+
+def test_a_streaming_run_is_told_to_end_loses_its_server_and_ends(folder: Path, sglang: Path) -> None:
+    """Updates come while requests are in flight, and the engine's GPU is given back with the trainer's."""
+    keys = ("placement.layout=split", "mode=async", "rollout.max_staleness=1", "sglang.bucket_mib=1")
+    options = [word for key in keys for word in ("--set", key)]
+    ended = told_to_end(folder, sglang, "streaming", *options)
+    last = ended + 20
+    resumed_with_a_kill(folder, sglang, "streaming", ended, last, *options)
+    steps = metrics(folder, "streaming")
+    assert [row["weight_version"] for row in steps] == list(range(1, last + 1))
+    assert all(0 <= row["staleness/max"] <= 1 for row in steps)
+    assert max(row["staleness/max"] for row in steps) == 1, "it has never run ahead"
     assert steps[0]["kl/train_rollout"] < 0.02

@@ -71,8 +71,7 @@ class RolloutTable(Table):
     timeout_s: float = Field(600, gt=0)  # an engine that has not answered by then is restarted
     max_staleness: int = Field(2, ge=0)  # of every token, in versions of the weights; this and the next two: async only
     too_old: Literal["regenerate", "drop"] = "regenerate"  # what becomes of a group that waited too long
-    weights: Literal["drain", "retract", "in_place"] | None = None  # new ones wait until nothing is under way, or what
-    # is under way goes on with them, computed anew or with what was; left out, the engine's way of going on
+    weights: Literal["drain", "retract", "in_place"] | None = None  # how they are updated; left out, the engine's way
 
 
 class EvalTable(Table):
@@ -93,6 +92,7 @@ class PlacementTable(Table):
     engines: int = Field(1, ge=0)  # 0 starts none: the data holds the responses
     apart: list[str] = []  # roles that have ranks of their own, as many as trainers
     rollout_workers: int = Field(1, gt=0)
+    gpu_gb: float | None = Field(None, gt=0)  # memory of each GPU, for `miles plan`; left out, as this machine's have
 
 
 class RunConfig(Table):
@@ -117,6 +117,13 @@ class RunConfig(Table):
     def max_staleness(self) -> int:
         """How many versions older than the newest weights a token may be when it is trained on."""
         return {"sync": 0, "overlap": 1, "async": self.rollout.max_staleness}[self.mode]
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is done after this one."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+    def saves(self, step: int) -> bool:
+        return self.due(self.checkpoint.every, step) or step == self.steps
 
     @property
     def own(self) -> dict[str, str]:

@@ -54,7 +54,7 @@ class Hooks:
         """``complain(key, message)`` of what cannot work; start and write nothing. ``tables`` are all plugins' own."""
 
     @hook("merge", "driver")
-    def miles_explain(self) -> dict[str, str]:
+    def miles_explain(self, roles: dict[str, Role]) -> dict[str, str]:
         """Lines for ``miles plan``: what this run would take and do, such as processes, memory, parameters."""
 
     @hook("merge", "driver")

@@ -19,27 +19,28 @@ def turn(admission: Admission, seed: int, drops: float) -> list[tuple[int, int, 
     """
     draw = random.Random(seed)
     flying: list[int] = []
-    ripe: list[tuple[int, int]] = []
+    came: dict[int, tuple[int, int]] = {}
+    id = 0
     trained: list[tuple[int, int, int]] = []
     while admission.version < admission.steps:
         moves = ["fly"] * (admission.room > 0) + ["land"] * bool(flying)
-        due = len(ripe) >= admission.groups
-        if due and (admission.streaming or admission.rests):
+        if admission.due(admission.version + 1) and (admission.streaming or admission.rests):
             moves.append("train")
         assert moves, f"nothing can go on: {admission}"
         match draw.choice(moves):
             case "fly":
                 flying += [admission.version] * admission.room
             case "land":
-                begun = flying.pop(draw.randrange(len(flying)))
+                begun, id = flying.pop(draw.randrange(len(flying))), id + 1
                 if draw.random() >= drops:
-                    ripe.append((begun, admission.version))
-                    admission.used += 1
+                    came[id] = begun, admission.version
+                    admission.land(id, begun)
             case "train":
-                ripe.sort()
-                taken, ripe = ripe[: admission.groups], ripe[admission.groups :]
-                trained += [(admission.version + 1, *group) for group in taken]
-                admission.version += 1
+                step = admission.version + 1
+                admission.weed(step)
+                if taken := admission.pick(step):
+                    trained += [(step, *came[id]) for id in taken]
+                    admission.version += 1
         admission.flying = len(flying)
     assert not (flying and not admission.streaming)
     return trained
@@ -52,6 +53,7 @@ def test_streaming_goes_on_and_never_admits_more_than_staleness_allows(groups, s
     trained = turn(admission, seed, drops)
     assert len(trained) == groups * steps == len({i for i, _ in enumerate(trained)})
     assert admission.used <= groups * steps
+    assert all(0 <= step - 1 - begun <= staleness for step, begun, back in trained)
     if not staleness:
         assert all(step - 1 == begun == back for step, begun, back in trained)
 
@@ -77,7 +79,7 @@ def test_waves_add_up_in_turns_and_are_averaged_where_they_overlap():
     waves = [(1.0, 1.5), (3.0, 4.5)]
 
     def seconds(streaming, waves):
-        told = Admission(4, 9, 2, streaming).sampling(waves, 0)
+        told = Admission(4, 9, 2, streaming).sampling(waves)
         return told["time/sample"], told["time/reward"]
 
     assert seconds(False, waves) == (4.0, 2.0)
@@ -92,11 +94,14 @@ def test_what_was_under_way_is_measured_over_time():
         now[0] += seconds
         admission.fly(groups)
     now[0] += 4.0
-    told = admission.sampling([], 3)
+    told = admission.sampling([])
     assert told["utilization/in_flight"] == (2.0 * 8 + 1.0 * 2) / 8.0
-    assert told["utilization/rollouts"] == 3.0 / 8.0 and told["utilization/queued"] == 3.0
+    assert told["utilization/rollouts"] == 3.0 / 8.0 and told["utilization/queued"] == 0.0
     now[0] += 1.0
-    assert admission.sampling([], 0)["utilization/rollouts"] == 0.0
+    admission.land(7, 0)
+    assert admission.sampling([])["utilization/queued"] == 1.0
+    now[0] += 1.0
+    assert admission.sampling([])["utilization/rollouts"] == 0.0
 
 
 def test_the_parts_of_a_step_add_up_to_its_wall_time():

@@ -134,6 +134,20 @@ def check_gradients(folder: Path, table: dict, case: dict, split: str) -> None:
     close(moved, {name: SGD["lr"] * g / (g.abs() + SGD["eps"]) for name, g in case["gradients"].items()}, 1e-4)
 
 
+def check_planned(folder: Path, table: dict) -> None:
+    """What the fullest rank holds is what a plan says of it, but for norms, which a plan divides like all the rest."""
+    from miles_core.edges.megatron import need
+
+    for role in (Role(trained=True), Role(trained=False)):
+        plugin, model = built(folder, table, dist.get_world_size(), SGD, role.trained)
+        told = need.planned(table, plugin.run, hf.architecture(hf.read(folder)), role)
+        each: list = [None] * dist.get_world_size()
+        dist.all_gather_object(each, model._needs)
+        for part in ("weights", "gradients", "masters", "moments"):
+            assert max(getattr(one, part) for one in each) == pytest.approx(getattr(told, part), rel=0.03), part
+        assert bool(told.activations) == role.trained
+
+
 def check_veto(folder: Path, table: dict, case: dict) -> None:
     """A vetoed update changes nothing, forgets its gradients, and does not count for the schedule."""
     optim = {"lr": 0.1, "warmup": 4, "max_norm": 0.5}
@@ -264,6 +278,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             if world == 1:
                 check_logits(folder / name, table, case)
             check_gradients(folder / name, table, case, "packed")
+            check_planned(folder / name, table)
             if name == "qwen3":
                 check_gradients(folder / name, table, case, "single")
                 check_veto(folder / name, table, case)

@@ -159,7 +159,7 @@ def test_an_empty_table_asks_nobody(model: Path) -> None:
         "from miles_core.edges.megatron import Megatron, arguments\n"
         f"run = RunConfig(algorithm='none', model=dict(path=Path({str(model)!r})))\n"
         "plugin = Megatron(Megatron.Config(), run)\n"
-        "assert arguments.check(plugin.table, run) == [] and plugin.miles_explain()['model'].startswith('4 layers')\n"
+        "assert arguments.check(plugin.table, run) == [] and plugin.miles_explain({})['model'].startswith('4 layers')\n"
         "assert not {'torch', 'megatron', 'transformers'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miles_core.edges.queue import entry
+from miles_core.edges.queue import queue as module
 from miles_core.edges.queue.journal import Journal
 from miles_core.edges.queue.queue import JournaledQueue
 from miles_core.edges.queue.segment import LABEL, header, scan
@@ -22,11 +24,14 @@ def group(id: int, tokens: int = 50) -> Group:
 
 
 def with_queue(
-    folder: Path, work: Callable[[JournaledQueue], Coroutine[Any, Any, Any]], capacity: int = 1 << 20
+    folder: Path,
+    work: Callable[[JournaledQueue], Coroutine[Any, Any, Any]],
+    capacity: int = 1 << 20,
+    said: list[str] | None = None,
 ) -> Any:
     async def go() -> Any:
-        cluster, said = Threads(), list[str]()
-        queue = JournaledQueue(cluster, folder, 1 << 14, capacity, said.append)
+        cluster = Threads()
+        queue = JournaledQueue(cluster, folder, 1 << 14, capacity, print if said is None else said.append)
         try:
             await queue.open()
             return await work(queue)
@@ -60,7 +65,8 @@ def test_another_process_of_the_run_finds_what_was_not_forgotten(tmp_path: Path)
         await queue.sync()
 
     async def find(queue: JournaledQueue) -> Any:
-        return await queue.get(list(range(30, 40))), queue.used[0]
+        used = queue.used[0]
+        return await queue.get(list(range(30, 40))), used
 
     with_queue(tmp_path, fill)
     found, used = with_queue(tmp_path, find)
@@ -79,6 +85,82 @@ def test_a_full_queue_waits_and_one_that_can_never_take_a_group_is_refused(tmp_p
             await queue.put(3, group(3, 20_000))
 
     with_queue(tmp_path, work, capacity=20_000)
+
+
+def test_what_the_trainer_has_takes_no_room_of_what_waits(tmp_path: Path) -> None:
+    async def work(queue: JournaledQueue) -> None:
+        for id in range(1, 9):  # each fills the queue by itself, and none is forgotten
+            assert await asyncio.wait_for(queue.put(id, group(id, 3000)), 5) < 1.0
+            assert queue.used[0] > queue.used[1] / 2
+            assert await queue.get([id]) == [group(id, 3000)]
+        assert queue.used[0] == 0 and await queue.get([1, 8]) == [group(1, 3000), group(8, 3000)]
+        await queue.forget(range(1, 9))
+        assert queue.used[0] == 0
+
+    with_queue(tmp_path, work, capacity=20_000)
+
+
+def test_a_full_queue_that_the_trainer_cannot_go_on_with_is_refused_with_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.02)
+    needed = 0
+
+    async def work(queue: JournaledQueue) -> None:
+        nonlocal needed
+        await queue.put(1, group(1, 80_000))
+        size = queue.used[0]
+        await queue.put(2, group(2, 80_000))
+        waiting = asyncio.ensure_future(queue.put(3, group(3, 80_000), lambda: needed))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()  # the trainer is busy: back-pressure
+        needed = 7  # a trainer that waits tells nobody
+        with pytest.raises(Refused, match="queue.capacity_mib = 1 ") as refused:
+            await asyncio.wait_for(waiting, 5)
+        told = str(refused.value)
+        assert f"full with 2 groups of {2 * size:,} bytes" in told and f"group 3 takes {size:,} more" in told
+        assert "none before 7 wait" in told and f"{1 << 20:,} bytes" in told
+        enough = int(told.split("raise it to ")[1].split()[0]) << 20
+        assert 2 * 7 * size <= enough < 2 * 7 * size + (1 << 20)
+        before = queue.used[0]
+        assert await asyncio.wait_for(queue.put(4, group(4, 80_000), lambda: None), 5) < 0.02
+        assert queue.used[0] == before + size > queue.used[1]  # what cannot wait does not
+
+    with_queue(tmp_path, work, capacity=1 << 20)
+
+
+def test_back_pressure_is_said_once_and_its_seconds_are_counted(tmp_path: Path) -> None:
+    async def work(queue: JournaledQueue) -> float:
+        waited = await queue.put(1, group(1, 3000))
+        for id in (2, 3):
+            asyncio.get_running_loop().call_later(0.2, lambda id=id: asyncio.ensure_future(queue.get([id - 1])))
+            waited += await asyncio.wait_for(queue.put(id, group(id, 3000)), 5)
+        return waited
+
+    said = list[str]()
+    assert with_queue(tmp_path, work, capacity=20_000, said=said) >= 0.35
+    assert len(said) == 1 and "the queue is full" in said[0] and "queue.capacity_mib" in said[0]
+
+
+def test_all_of_it_is_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fill(queue: JournaledQueue) -> None:
+        for id in range(1, 60):
+            await queue.put(id, group(id))
+
+    async def find(queue: JournaledQueue) -> None:
+        asked: list[int] = []
+        read = Journal.read
+        monkeypatch.setattr(Journal, "read", lambda journal, ids: (asked.append(len(ids)), read(journal, ids))[1])
+        used, found = queue.used[0], []
+        async for value in queue.each():
+            found.append(value)
+            assert sum(asked) < len(found) + max(asked)
+        assert sorted(found, key=lambda one: one.id) == [group(id) for id in range(1, 60)]
+        assert len(asked) > 5 and queue.used[0] == used  # they wait as before
+
+    with_queue(tmp_path, fill)
+    monkeypatch.setattr(entry, "BATCH", 4000)
+    with_queue(tmp_path, find)
 
 
 def written(folder: Path, sizes: list[int]) -> Path:

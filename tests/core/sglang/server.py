@@ -31,7 +31,7 @@ class Server:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.sessions = args, args.dialect == "0.5.23"
-        self.scheduler = Scheduler(self.sessions, args.step_s)
+        self.scheduler = Scheduler(self.sessions, args.step_s, args.max_running_requests)
         self.version, self.ready_at = args.weight_version, time.monotonic() + args.slow_s
         self.known: dict[str, Request] = {}  # rid_to_state
         self.paused, self.unpaused = False, asyncio.Condition()
@@ -236,6 +236,7 @@ class Server:
             case "/fault":
                 self.faults |= body
                 scheduler.dies_at = body.get("die_at", scheduler.dies_at)
+                scheduler.most = body.get("most", scheduler.most)
                 return 200, None
         return NO_ROUTE
 
@@ -297,6 +298,7 @@ if __name__ == "__main__":
     options.add_argument("--load-s", type=float, default=0.0, help="before it listens")
     options.add_argument("--slow-s", type=float, default=0.0, help="listening, but not ready")
     options.add_argument("--step-s", type=float, default=0.001, help="for a token of every running request")
+    options.add_argument("--max-running-requests", type=int, default=10000)
     options.add_argument("--context-length", type=int, default=512)
     options.add_argument("--cache-gib", type=float, default=0.0, help="told, with 2 GiB of weights")
     for option in ("--model-path", "--host", "--weight-version"):

@@ -65,8 +65,8 @@ class Request:
 
 
 class Scheduler:
-    def __init__(self, sessions: bool, step_s: float) -> None:
-        self.sessions, self.step_s = sessions, step_s
+    def __init__(self, sessions: bool, step_s: float, most: int) -> None:
+        self.sessions, self.step_s, self.most = sessions, step_s, most
         self.weights = {"a": 0, "b": 0}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -87,12 +87,13 @@ class Scheduler:
         if (self.waiting or self.running) and self.released:
             os._exit(1)  # an illegal memory access
         now = tuple(self.weights.values())
-        for request in self.waiting:
+        room = max(self.most - len(self.running), 0)
+        starting, self.waiting = self.waiting[:room], self.waiting[room:]
+        for request in starting:
             request.cached = now
             if not all(0 <= token < VOCAB for token in request.prompt):
                 os._exit(1)  # an index error, or an assertion on the GPU
-        self.running += self.waiting
-        self.waiting = []
+        self.running += starting
         for request in list(self.running):
             self.write(request, now)
             stops, params = set(request.params.get("stop_token_ids") or ()), request.params

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from miles_core.edges.protocols import Completion, EngineError, Request, Sampling
 from miles_core.edges.sglang import client as client_module
 from miles_core.edges.sglang import wire
-from miles_core.edges.sglang.client import SGLangClient
+from miles_core.edges.sglang.client import SGLangClient, StreamingClient
 from sglang_cases import InProcess, assert_whole, calls, engines, fault, group, live, push, until
 from sglang_model import token_of
 
@@ -49,6 +50,25 @@ def test_calls_of_one_tick_become_few_calls(dialect: str) -> None:
             assert_all_whole(groups, await all_of(client, groups))
             assert (await calls(worker)).count("/generate") == 3  # of 48 each: a group is never torn
             assert await client.generate([]) == []
+
+    asyncio.run(go())
+
+
+def test_a_straggler_holds_its_own_group_only(dialect: str) -> None:
+    """Asked in one tick, by the client of asynchronous runs; a rollout that asks sample by sample has each at once."""
+
+    async def go() -> None:
+        async with engines(dialect, "--step-s", "0.01") as [worker]:
+            client = StreamingClient([worker], 30)
+            slow = [*group(0, 3), *group(0, 1, tokens=400)]
+            slow[3] = replace(slow[3], id="0/3")
+            groups = [slow, *(group(g, 4) for g in range(1, 6)), *([r] for r in group(6, 2)), group(7, 1, tokens=400)]
+            tasks = [asyncio.ensure_future(client.generate(requests)) for requests in groups]
+            answers = await asyncio.gather(*tasks[1:-1])
+            assert not tasks[0].done() and not tasks[-1].done()
+            assert_all_whole(groups[1:-1], answers)
+            assert (await calls(worker)).count("/generate") == len(groups)
+            assert_all_whole([slow, groups[-1]], await asyncio.gather(tasks[0], tasks[-1]))
 
     asyncio.run(go())
 
@@ -115,6 +135,47 @@ def test_the_same_name_twice_at_once_is_answered_twice(dialect: str) -> None:
             assert_all_whole(groups, answers)
             twice = [*group(1, 1), *group(1, 1)]
             assert_all_whole([twice], [await clients[0].generate(twice)])
+
+    asyncio.run(go())
+
+
+# -- when weights are updated ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [SGLangClient, StreamingClient])
+def test_no_number_of_updates_fails_a_group_that_waits_for_its_turn(dialect: str, kind: type[SGLangClient]) -> None:
+    """0.5.16 aborts whatever waits at each of them, before its first token."""
+    updates, waiting = 2 * wire.MOST_TRIES, [group(0, 2), group(1, 2)]
+
+    async def go() -> None:
+        async with engines(dialect, "--max-running-requests", "0") as [worker]:
+            client = kind([worker], 30)
+            await up([worker], client)
+            asked = asyncio.ensure_future(all_of(client, waiting))
+            for version in range(1, updates + 1):
+                await until(lambda: sum(route.load for route in client._router.routes) == 4)
+                await asyncio.sleep(0.02)  # they wait in the server by now
+                await push(worker, version)
+            await fault(worker, most=9)
+            assert_all_whole(waiting, await asked, version=updates)
+            again = updates if dialect == "0.5.16" else 0
+            assert (await calls(worker)).count("/generate") == (1 + again) * (2 if kind is StreamingClient else 1)
+
+    asyncio.run(go())
+
+
+def test_a_server_that_aborts_without_an_update_is_not_asked_for_ever() -> None:
+    async def go() -> None:
+        async with engines("0.5.16", "--max-running-requests", "0") as [worker]:
+            client = SGLangClient([worker], 30)
+            asked = asyncio.ensure_future(client.generate(group(0, 2)))
+            server = (await live(worker)).call
+            while not asked.done():
+                await server.post("/abort_request", {"abort_all": True})
+                await asyncio.sleep(0.01)
+            with pytest.raises(EngineError, match="failed 4 times, at last: the server aborts it before its first tok"):
+                await asked
+            assert (await calls(worker)).count("/generate") == 1 + wire.MOST_TRIES
 
     asyncio.run(go())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from miles_core.config import RunConfig
+from miles_core.edges import sharing
 from miles_core.edges.sglang import SGLang, arguments
 
 # SGLang's parser in miniature: every way in which the true one takes its arguments (arg_groups/arg_utils.py).
@@ -30,7 +31,14 @@ class ServerArgs:
         parser.add_argument("--json-model-override-args", type=json.loads)
         parser.add_argument("--weights-of", dest="weight_version", type=str)
         parser.add_argument("--device", type=str)
+        parser.add_argument("--dtype", type=str)
 """
+
+
+MODEL = {
+    "max_position_embeddings": 4096, "vocab_size": 61, "hidden_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -52,7 +60,7 @@ def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def plugin(tmp_path: Path, table: dict[str, Any], layout: str = "split", **run: Any) -> SGLang:
     model = {"path": str(tmp_path), **run.pop("model", {})}
     run["placement"] = {"layout": layout, **run.get("placement", {})}
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 4096, "vocab_size": 61}))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
     config = RunConfig.model_validate({"algorithm": "core", "model": model, **run})
     return SGLang(SGLang.Config.model_validate(table), config)
 
@@ -109,6 +117,13 @@ def test_replicas_in_a_server_are_refused(tmp_path: Path, key: str) -> None:
     assert f"sglang.{key}" not in {key for key, _ in arguments.refused({key: 2, "enable_dp_attention": True})}
 
 
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("key", arguments.STAGES)
+def test_stages_of_an_engine_are_refused(tmp_path: Path, key: str) -> None:
+    assert "brought to the stages of an engine" in complaints(plugin(tmp_path, {key: 2}))[f"sglang.{key}"]
+    assert arguments.refused({key: 1}) == []
+
+
 def test_without_sglang_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     assert complaints(plugin(tmp_path, {"port": 1})) == {
@@ -156,7 +171,8 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
     own += ["--dtype", "bfloat16", "--enable-memory-saver"]
     assert list(words) == said + own
     assert first.args[0] == tuple(word if word != "8" else "7" for word in words)
-    assert made.miles_explain()["engines"].startswith("2 SGLang 0.5.16 servers, 2 GPUs each\nsampling differs")
+    lines = made.miles_explain()["engines"].splitlines()
+    assert lines[0] == "2 SGLang 0.5.16 servers, 2 GPUs each" and lines[-1].startswith("sampling differs")
 
 
 @pytest.mark.usefixtures("sglang")
@@ -214,6 +230,10 @@ def test_in_turns_an_engine_sits_beside_the_trainers_of_its_gpus(tmp_path: Path)
     ("layout", "table", "run", "key"),
     [
         ("colocate", {}, {"mode": "overlap"}, "mode"),
+        ("colocate", {}, {"mode": "async"}, "mode"),
+        ("colocate", {}, {"mode": "async", "rollout": {"max_staleness": 0}}, "mode"),
+        ("split", {}, {"mode": "async", "rollout": {"weights": "in_place"}}, "rollout.weights"),
+        ("split", {}, {"mode": "async", "rollout": {"weights": "drain"}}, None),
         ("colocate", {"tp_size": 2}, {}, "placement.engines"),
         ("colocate", {}, {"placement": {"trainers": 2}}, "placement.engines"),
         ("split", {"device": "cpu"}, {}, "sglang.device"),
@@ -225,3 +245,64 @@ def test_a_layout_that_cannot_be_is_refused(
     tmp_path: Path, layout: str, table: dict[str, Any], run: dict[str, Any], key: str | None
 ) -> None:
     assert list(complaints(plugin(tmp_path, table, layout, **run))) == ([key] if key else [])
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def write_weights(folder: Path, *shapes: list[int]) -> None:
+    """The beginning of a safetensors file, which is all that a plan reads."""
+    header = json.dumps({"__metadata__": {}} | {f"w{i}": {"shape": shape} for i, shape in enumerate(shapes)}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize(
+    ("table", "place", "key", "said"),
+    [
+        ({}, {"gpu_gb": 1}, "sglang.tp_size", "an engine's weights take 2.0 GB of each GPU and there are 1.0 GB"),
+        ({"tp_size": 2}, {"gpu_gb": 1.1}, None, ""),
+        ({"dtype": "float32"}, {"gpu_gb": 3}, "sglang.tp_size", "weights take 4.0 GB of each GPU and there are 3.0 GB"),
+        ({"mem_fraction_static": 0.5}, {"gpu_gb": 3}, "sglang.mem_fraction_static", "0.5 of 3.0 GB are 1.5 GB, cache"),
+        ({"mem_fraction_static": 0.5}, {"gpu_gb": 5}, None, ""),
+        ({"mem_fraction_static": 0.5}, {}, None, ""),
+    ],
+)
+def test_an_engine_that_cannot_fit_is_refused_with_its_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], place: dict[str, Any], key: str, said: str
+) -> None:
+    monkeypatch.setattr(sharing, "_smallest", lambda: 0)  # as on a login node
+    write_weights(tmp_path, [1000, 1000, 999], [1_000_000])
+    found = complaints(plugin(tmp_path, table, placement=place))
+    assert list(found) == ([key] if key else []) and all(said in message for message in found.values())
+
+
+@pytest.mark.usefixtures("sglang")
+def test_a_plan_tells_what_an_engine_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_smallest", lambda: 0)
+    write_weights(tmp_path, [1000, 1000, 1000])
+
+    def told(table: dict[str, Any], layout: str = "split", **place: Any) -> str:
+        return str(plugin(tmp_path, table, layout, placement=place).miles_explain()["engines"].splitlines()[1])
+
+    each = "2.0 GB of weights on each GPU, and 4,096 bytes of cache for each token"
+    assert told({}) == f"{each}; SGLang decides how much cache, or sglang.mem_fraction_static does"
+    assert told({"mem_fraction_static": 0.5}) == f"{each}; placement.gpu_gb would tell for how many"
+    assert told({"mem_fraction_static": 0.5}, gpu_gb=10) == f"{each}: 3.0 GB for 732,421 tokens in 0.5 of 10.0 GB"
+    assert told({"mem_fraction_static": 0.5}, "colocate", gpu_gb=10).endswith(", less where trainers take much of it")
+    assert told({"tp_size": 2}).startswith("1.0 GB of weights on each GPU, and 2,048 bytes of cache")
+
+
+@pytest.mark.parametrize(
+    ("run", "client"),
+    [
+        ({"mode": "async", "rollout": {"max_staleness": 2}}, "StreamingClient"),
+        ({"mode": "async", "rollout": {"max_staleness": 0}}, "SGLangClient"),
+        ({"mode": "overlap"}, "SGLangClient"),
+        ({}, "SGLangClient"),
+    ],
+)
+def test_groups_of_an_asynchronous_run_do_not_wait_for_each_other(
+    tmp_path: Path, run: dict[str, Any], client: str
+) -> None:
+    assert plugin(tmp_path, {}, **run).miles_engines().client == f"miles_core.edges.sglang.client:{client}"

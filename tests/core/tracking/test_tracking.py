@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -50,6 +51,25 @@ def test_a_whole_run(tracking, tmp_path, evaluation, capsys):
     assert f"report  {tmp_path / 'report.html'}\n" in out
     assert "finished" in (tmp_path / "report.html").read_text()
     assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_the_lines_up_to_a_checkpoint_are_on_the_disk_before_it_counts(tracking, tmp_path, monkeypatch):
+    """A step that counts is never told of again, so its line must not be lost with the machine's power."""
+    durable, fsync = [], os.fsync
+
+    def synced(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("metrics.jsonl"):
+            durable.append(steps(tmp_path))
+        fsync(handle)
+
+    tracker = tracking(steps=5, checkpoint={"every": 2})
+    tracker.miles_run_start(run_dir=tmp_path, step=0)
+    monkeypatch.setattr(os, "fsync", synced)
+    for step in range(6):
+        tracker.miles_step_end(step=step, metrics={"time_s": float(step)})
+        saves = step in (2, 4, 5)  # from here on the checkpoint of this step may count at any moment
+        assert (durable[-1:] == [list(range(step + 1))]) == (saves or step == 0)
+    tracker.miles_run_end(error=None)
 
 
 def test_a_terminal_is_left_as_it_was_found(tracking, tmp_path, pty, monkeypatch):

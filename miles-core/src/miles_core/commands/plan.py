@@ -21,5 +21,5 @@ def command(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     click.echo("\nwho answers each slot")
     for hook, owner in registry.owner.items():
         click.echo(f"  {hook.removeprefix('miles_'):<12} {owner}")
-    for what, text in registry.explain().items():
+    for what, text in registry.explain(roles=registry.roles()).items():
         click.echo(f"\n{what}\n  " + text.replace("\n", "\n  "))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -133,19 +133,30 @@ class Queue(Protocol):
         """Begin; returns ids and sizes in bytes of what an earlier process of this run left, in its order."""
         ...
 
-    async def put(self, id: int, value: Any) -> None:
-        """Take a copy of ``value``; returns once there is room for it, in the order of the calls.
+    async def put(self, id: int, value: Any, needs: Callable[[], int | None] = lambda: 0) -> float:
+        """Take a copy of ``value`` once there is room for it, in the order of the calls; returns seconds without room.
 
-        Raises Refused where it is larger than all the room there is, ValueError of an id that is in the queue.
+        Meanwhile ``needs`` is asked time and again: it is 0 while some of what waits will be taken as things are, None
+        where ``value`` is not to wait but to go beyond the room, and else how many must be here before any is taken.
+
+        Raises Refused in that last case, or where ``value`` is larger than all the room there is, and ValueError of an
+        id that is in the queue.
         """
         ...
 
     async def get(self, ids: list[int]) -> list[Any]:
-        """Values in that order; they stay. Raises LookupError of an id that is not here, or not whole."""
+        """Values in that order: they wait no more and take no room, but stay until they are forgotten.
+
+        Raises LookupError of an id that is not here, or not whole.
+        """
+        ...
+
+    def each(self) -> AsyncIterator[Any]:
+        """Every value, in any order and a few at a time; they go on waiting. Raises LookupError as ``get`` does."""
         ...
 
     async def forget(self, ids: list[int]) -> None:
-        """Give up their room, also on disk; ids that are not here are passed over."""
+        """Give them up, also on disk; ids that are not here are passed over."""
         ...
 
     async def sync(self) -> None:

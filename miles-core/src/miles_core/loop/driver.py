@@ -123,14 +123,13 @@ class Loop:
             fed, self.ahead = time.perf_counter(), None
             if self.saving and self.saving.done():
                 await self.saved()  # raises what went wrong with it, now and not at the next one
-            last = step == self.run.steps
-            self.next = None if last else asyncio.ensure_future(self.gather(step + 1))
-            saves = self.due(self.run.checkpoint.every, step) or last
+            self.next = None if step == self.run.steps else asyncio.ensure_future(self.gather(step + 1))
+            saves = self.run.saves(step)
             moving = asyncio.ensure_future(self.move(step, training, goes_on=not saves))
             (metrics, groups, trained), (moved, rested, served) = await both(training, moving)
             waited = max(fed - max(told, free), 0.0) + max(rested - trained, 0.0)
             metrics |= moved | {"time/sync": max(served - max(rested, trained), 0.0), "weight_version": float(step)}
-            if self.due(self.run.eval.every, step):
+            if self.run.due(self.run.eval.every, step):
                 metrics |= await self.evaluate(step)
             self.state.step, self.state.seconds = step, time.perf_counter() - self.began
             await self.rollouts.trained(step, groups)
@@ -179,9 +178,6 @@ class Loop:
         for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
             for sample, score in zip(group.samples, scores, strict=True):
                 sample.score = score
-
-    def due(self, every: int, step: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.run.steps)
 
     async def evaluate(self, step: int) -> dict[str, float]:
         """Sample the held-out split once with the weights the engines have; without engines ask the trainer of it."""

@@ -10,7 +10,7 @@ from ..edges.lasting import Ledger, Queue, RunState
 from ..edges.protocols import EngineError, WorkerDied
 from ..pacing import Admission
 from ..plugins import Registry
-from ..samples import newest, versions
+from ..samples import newest, staleness, versions
 from ..types import Group, Refused, Sample
 from .fleet import Fleet
 from .rollout import Rolled
@@ -26,7 +26,6 @@ class Rollouts:
         self.run, self.hooks, self.fleet, self.ledger, self.queue = run, *_ = hooks.run, hooks, fleet, ledger, queue
         streaming = run.mode == "async"
         self.admission = Admission(run.batch.groups, run.steps, run.max_staleness, streaming)
-        self.ripe: dict[int, int] = {}  # groups in the queue: id, and the oldest version in it
         self.saved = 0  # the step of the newest checkpoint
         self._dropped: list[Group] = []  # since a step's groups were taken
         self._waves: dict[int, tuple[float, float]] = {}  # since then: seconds until sampled, and until rewarded
@@ -40,15 +39,15 @@ class Rollouts:
     async def restore(self, state: RunState) -> None:
         """Put queue and ledger where the checkpoint left them. What survived and is not of later weights is kept."""
         found = await self.queue.open()
-        groups = await self.queue.get(list(found))
-        kept = {group.id: min(versions(group, state.step)) for group in groups if newest(group) <= state.step}
+        groups = self.queue.each()
+        kept = {group.id: min(versions(group, state.step)) async for group in groups if newest(group) <= state.step}
         if not self.admission.streaming:  # a step's groups are whole waves, or the resumed run would be another one
             kept = {id: kept[id] for id in kept.keys() & state.ripe}
         self.ledger.rewind(state.position, state.step, kept)
-        self.ripe = {id: age for id, age in kept.items() if self.ledger.where(id)[0] == "queue"}
-        await self.queue.forget([id for id in found if id not in self.ripe])
+        self.admission.ripe = {id: age for id, age in kept.items() if self.ledger.where(id)[0] == "queue"}
+        await self.queue.forget([id for id in found if id not in self.admission.ripe])
         self._dropped, self.saved, self.admission.version = state.dropped, state.step, state.step
-        self.admission.used = state.step * self.run.batch.groups + len(self.ripe)
+        self.admission.used = state.step * self.run.batch.groups + len(self.admission.ripe)
 
     async def turn(self) -> None:
         """Consumes prompts, produces groups. Waits for room, which weights that move and groups that fail make."""
@@ -125,10 +124,9 @@ class Rollouts:
         self.hooks.group_end(group=group, dropped=reason)
         self._fruitless = self._fruitless + 1 if reason else 0
         if reason is None:
-            await self.queue.put(id, group)
+            self.admission.full_s += await self.queue.put(id, group, self.admission.needs)
             self.ledger.queue([id])
-            self.ripe[id] = min(versions(group, self.admission.version))
-            self.admission.used += 1
+            self.admission.land(id, min(versions(group, self.admission.version)))
         else:
             self.ledger.drop([id], reason)
             self._dropped.append(group)
@@ -185,26 +183,21 @@ class Rollouts:
 
     async def take(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Consumes a step's groups from the queue; those of the oldest weights first. Waits until there are enough."""
-        while len(self.ripe) < self.run.batch.groups:
-            await self._until(lambda: len(self.ripe) >= self.run.batch.groups)
-            await self._sort_out(step)
-        ids = sorted(self.ripe, key=lambda id: (self.ripe[id], id))[: self.run.batch.groups]
+        while not (ids := self.admission.pick(step)):
+            await self._until(lambda: self.admission.due(step))
+            await self._sort_out(self.admission.weed(step))
         self.ledger.give(ids, step)
-        for id in ids:
-            del self.ripe[id]
         dropped, waves = self._dropped, list(self._waves.values())
         self._taken, self._dropped, self._waves = (ids, dropped), [], {}
         groups: list[Group] = await self.queue.get(ids)
         sampled = sorted([*groups, *dropped], key=lambda group: group.id)
         metrics: dict[str, float] = self.hooks.metrics(step=step, groups=sampled, evaluating=False)
-        metrics |= self.admission.sampling(waves, len(self.ripe))
+        metrics |= staleness(groups, step) | self.admission.sampling(waves)
         return groups, metrics | {"rollout/dropped_groups": float(len(dropped))}
 
-    async def _sort_out(self, step: int) -> None:
+    async def _sort_out(self, old: list[int]) -> None:
         """Have what became too old dropped, or sampled again."""
-        if old := [id for id, age in self.ripe.items() if step - 1 - age > self.run.max_staleness]:
-            self.ripe = {id: age for id, age in self.ripe.items() if id not in old}
-            self.admission.used -= len(old)
+        if old:
             (self.ledger.drop if self.run.rollout.too_old == "drop" else self.ledger.back)(old, "too old")
             await self.queue.forget(old)
             await self._tell()
@@ -229,7 +222,7 @@ class Rollouts:
     def save(self, state: RunState) -> None:
         """What a checkpoint must remember, of this moment."""
         taken, dropped = self._taken
-        state.position, state.ripe = self.ledger.position, [*taken, *self.ripe]
+        state.position, state.ripe = self.ledger.position, [*taken, *self.admission.ripe]
         state.dropped = [*dropped, *self._dropped]
 
     async def sync(self) -> None:

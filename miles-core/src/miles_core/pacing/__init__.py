@@ -26,6 +26,10 @@ class Admission:
     used: int = 0  # groups that were kept, whether trained on or queued
     flying: int = 0
     draining: bool = False  # weights are about to move, and nothing is to be under way then
+    ripe: dict[int, int] = field(default_factory=dict)  # groups in the queue: id, and the oldest version in it
+    wanted: int = 0  # the step whose groups the trainer waits for; 0 while it has them
+    too_old: int = 0  # groups that came too late, since that was asked last
+    full_s: float = 0.0  # for which a group waited for room in the queue, since then
     clock: Callable[[], float] = time.perf_counter
     watch: Watch = field(init=False)
 
@@ -49,8 +53,49 @@ class Admission:
         """Nothing is under way, and nothing will be before the weights move."""
         return not (self.flying or self.room)
 
-    def sampling(self, waves: list[tuple[float, float]], ripe: int) -> dict[str, float]:
-        """What was sampled since this was asked last, for the metrics; ``ripe`` groups are left in the queue.
+    def land(self, id: int, oldest: int) -> None:
+        """A group is in the queue, the oldest of its tokens of that version."""
+        self.ripe[id] = oldest
+        self.used += 1
+
+    def due(self, step: int) -> bool:
+        """Whether there is anything to ``weed`` or to ``pick``."""
+        return len(self.ripe) >= self.groups or bool(self._old(step))
+
+    def weed(self, step: int) -> list[int]:
+        """What is too old for a step: it is in the queue no more, and others may be sampled in its place."""
+        old = self._old(step)
+        for id in old:
+            del self.ripe[id]
+        self.used -= len(old)
+        self.too_old += len(old)
+        return old
+
+    def pick(self, step: int) -> list[int]:
+        """A step's groups, those of the oldest weights first; none while there are too few, or any is too old."""
+        self.wanted = step
+        if len(self.ripe) < self.groups or self._old(step):
+            return []
+        self.wanted = 0
+        ids = sorted(self.ripe, key=lambda id: (self.ripe[id], id))[: self.groups]
+        for id in ids:
+            del self.ripe[id]
+        return ids
+
+    def needs(self) -> int | None:
+        """See ``Queue.put``. The trainer that has a step's groups takes others when it is done with them; one that
+        waits for groups takes none before there are enough. Weights that wait for all to come back wait for ever
+        where one of these waits for the trainer.
+        """
+        if self.draining:
+            return None
+        return self.groups if self.wanted and not self.due(self.wanted) else 0
+
+    def _old(self, step: int) -> list[int]:
+        return [id for id, oldest in self.ripe.items() if step - 1 - oldest > self.staleness]
+
+    def sampling(self, waves: list[tuple[float, float]]) -> dict[str, float]:
+        """What was sampled since this was asked last, for the metrics.
 
         Seconds of sampling and rewarding are those of ``waves``: until all was sampled, and until it was rewarded.
         Waves follow one another; streaming they overlap, and their mean says how long a group takes.
@@ -59,10 +104,13 @@ class Admission:
         sampled, done = (sum(wave[i] for wave in waves) / parts for i in (0, 1))
         self.watch.look(self.clock(), self.flying)
         seen, self.watch = self.watch, Watch(self.watch.at)
+        late, self.too_old, full_s, self.full_s = self.too_old, 0, self.full_s, 0.0
         return {
+            "staleness/too_old": float(late),
+            "time/queue_full": full_s,
             "time/sample": sampled,
             "time/reward": done - sampled,
-            "utilization/queued": float(ripe),
+            "utilization/queued": float(len(self.ripe)),
             "utilization/in_flight": seen.groups_s / seen.seconds if seen.seconds else 0.0,
             "utilization/rollouts": seen.busy_s / seen.seconds if seen.seconds else 0.0,
         }

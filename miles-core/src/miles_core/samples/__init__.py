@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from statistics import fmean
 
 from ..types import Group, Refused, Sample
 
@@ -43,6 +44,12 @@ def numbered(group: Group, attempts: int, seed: int) -> Group:
 def versions(group: Group, otherwise: int) -> set[int]:
     """Of the weights that wrote it, or ``otherwise`` where its responses were given."""
     return {version for sample in group.samples for version in sample.versions} - {-1} or {otherwise}
+
+
+def staleness(groups: list[Group], step: int) -> dict[str, float]:
+    """How many versions each sample's oldest token is behind the weights that ``step`` starts from."""
+    behind = [step - 1 - min(set(s.versions) - {-1}, default=step - 1) for group in groups for s in group.samples]
+    return {"staleness/max": float(max(behind)), "staleness/mean": fmean(behind)}
 
 
 def newest(group: Group) -> int:

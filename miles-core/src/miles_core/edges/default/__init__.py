@@ -57,27 +57,23 @@ class Default(Plugin):
 
     @hookimpl
     def miles_metrics(self, step: int, groups: list[Group], evaluating: bool) -> dict[str, float]:
-        return evaluation(groups, self.run.eval.accuracy) if evaluating else rollouts(groups, step)
+        return evaluation(groups, self.run.eval.accuracy) if evaluating else rollouts(groups)
 
     @hookimpl
     def miles_skip_step(self, role: str, step: int, grad_norm: float) -> str | None:
         return None if math.isfinite(grad_norm) else f"the gradient norm of {role} is {grad_norm}"
 
 
-def rollouts(groups: list[Group], step: int) -> dict[str, float]:
+def rollouts(groups: list[Group]) -> dict[str, float]:
     """Of every group sampled for a step, those dropped too: filtering must not flatter the rewards.
 
-    ``reward/std`` is the population's; lengths count the tokens that the policy wrote; staleness is how many versions
-    a sample's oldest token is behind the weights that ``step`` starts from.
+    ``reward/std`` is the population's; lengths count the tokens that the policy wrote.
     """
     samples = [sample for group in groups for sample in group.samples]
-    stale = [step - 1 - min(set(sample.versions) - {-1}, default=step - 1) for sample in samples]
     lengths = [sum(sample.mask) for sample in samples]
     found = {
         "rollout/tokens": float(sum(lengths)),
         "rollout/length": fmean(lengths),
-        "staleness/max": float(max(stale)),
-        "staleness/mean": fmean(stale),
         "rollout/truncated": sum(sample.finish == "length" for sample in samples) / len(samples),
     }
     return found | (rewards(groups, samples) if samples[0].rewards else {})

@@ -35,7 +35,7 @@ class Megatron(Plugin):
 
     @hookimpl
     def miles_check(self, complain: Complain, roles: dict[str, Role]) -> None:
-        from . import arguments
+        from . import arguments, need
         from .roles import check_roles
         from .stored import check_weights
 
@@ -46,15 +46,22 @@ class Megatron(Plugin):
             for message in check_weights(self.run.model.path):
                 complain("model.path", message)
         check_roles(roles, self.table, self.run, complain)
+        if not found and self.run.placement.layout != "cpu":
+            need.check(self.table, self.run, roles, complain)
 
     @hookimpl
-    def miles_explain(self) -> dict[str, str]:
-        from . import hf
+    def miles_explain(self, roles: dict[str, Role]) -> dict[str, str]:
+        from . import hf, need
 
         model = hf.architecture(hf.read(self.run.model.path))
         shape, trainers = model.arguments, self.run.placement.trainers
         tensor, pipeline = (self.table.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline"))
-        return {
+        gpu = self.run.placement.layout != "cpu"
+        said = {"memory": need.explained(self.table, self.run, roles)} if gpu else {}
+        if self.run.placement.engines:
+            size = model.parameters * (2 if self.table.get("bf16", gpu) else 4)
+            said["sync"] = f"{size / need.GB:.2f} GB of weights to each engine, every time they are updated"
+        return said | {
             "model": f"{shape['num_layers']} layers of {shape['hidden_size']}, {model.parameters:,} parameters",
             "trainers": f"{trainers} ranks: tensor {tensor} x pipeline {pipeline} "
             f"x data {trainers // (tensor * pipeline)}",

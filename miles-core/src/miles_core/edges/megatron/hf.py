@@ -37,13 +37,18 @@ class Architecture:
     def parameters(self) -> int:
         """How many parameters the model has, all of its copies and stages taken once."""
         a = self.arguments
+        tables = 1 + a["untie_embeddings_and_output_weights"]
+        return int(a["num_layers"] * self.layer + a["hidden_size"] * (1 + tables * self.vocab_size))
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        a = self.arguments
         hidden, width = a["hidden_size"], a["kv_channels"]
         query, key = a["num_attention_heads"] * width, a["num_query_groups"] * width
         attention = hidden * (query + 2 * key) + query * hidden
         attention += (query + 2 * key) * a["add_qkv_bias"] + 2 * width * a["qk_layernorm"]
-        layer = attention + 3 * hidden * a["ffn_hidden_size"] + 2 * hidden
-        tables = 1 + a["untie_embeddings_and_output_weights"]
-        return int(a["num_layers"] * layer + hidden + tables * self.vocab_size * hidden)
+        return int(attention + 3 * hidden * a["ffn_hidden_size"] + 2 * hidden)
 
 
 def read(folder: Path) -> dict[str, Any]:

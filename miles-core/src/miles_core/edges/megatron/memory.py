@@ -2,15 +2,14 @@
 
 While the engine samples, nothing of the trainer is used but its weights, and they only when the sampling is over. Where
 both fit on the GPU all stays where it is (see ``sharing``). Elsewhere activations are given back to the driver.
-Gradients, fp32 weights and Adam's moments stay as long as they take a small share of the GPU, because moving them costs
-time at every step; beyond it the gradients are freed and the others wait in pinned memory of the host.
+Gradients, fp32 weights and Adam's moments stay as long as they take a small share of what is free, because moving them
+costs time at every step; beyond it the gradients are freed and the others wait in pinned memory of the host.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,33 +19,9 @@ from torch import Tensor
 from ...types import Refused
 from ..sharing import HERE
 from .build import Trained
+from .need import GB, Need
 
-KEPT = 0.35  # most of a GPU's memory that optimizer and gradients keep while an engine uses it
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes on this rank's GPU, activations left out."""
-
-    weights: int
-    gradients: int = 0
-    masters: int = 0
-    moments: int = 0
-
-    @property
-    def optimizer(self) -> int:
-        return self.gradients + self.masters + self.moments
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.optimizer
-
-    def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients": self.gradients, "fp32 weights": self.masters}
-        parts["Adam's moments"] = self.moments
-        told = " + ".join(f"{size / GB:.1f} {what}" for what, size in parts.items() if size)
-        return f"{told} = {self.total / GB:.1f} GB" if self.optimizer else f"{told[: told.index(' ')]} GB of weights"
+KEPT = 0.35  # most of the memory free without them that optimizer and gradients keep while an engine uses a GPU
 
 
 def need(args: Namespace, module: torch.nn.Module, trained: bool) -> Need:
@@ -80,7 +55,8 @@ class Turns:
         """``settle`` lets memory be given away that is still being copied for a checkpoint."""
         self.of_this_rank.append(self)
         self._trained, self._settle = trained, settle
-        self.moves = wanted.optimizer > KEPT * torch.cuda.mem_get_info()[1]
+        there = wanted.gradients + wanted.masters  # already; the moments are not
+        self.moves = wanted.optimizer > KEPT * (torch.cuda.mem_get_info()[0] + there)
         self._host: dict[tuple[int, str], Tensor] = {}  # pinned, kept from turn to turn
         # Adam's moments come into being in the first step, when the engine has long taken what was free at its start.
         self._reserved = None if self.moves else torch.empty(wanted.moments, dtype=torch.uint8, device="cuda")

@@ -20,6 +20,7 @@ from ..protocols import Forward
 from . import checkpoint, device, hf, memory, weights
 from .build import Trained
 from .forward import unwrapped
+from .need import GB
 
 
 class MegatronModel:
@@ -66,7 +67,7 @@ class MegatronModel:
         if self._turns:
             how = ", optimizer and gradients move to the host" if self._turns.moves else ", which stay in its turns"
             how = f"; shared with an engine{how}"
-        return f"{self.name} takes {self._needs} of {total / memory.GB:.1f}{how}; {free / memory.GB:.1f} GB are free"
+        return f"{self.name} takes {self._needs} of {total / GB:.1f}{how}; {free / GB:.1f} GB are free"
 
     def run(
         self, batches: list[Batch], forward: Forward, loss: Callable[[Batch, Output], Tensor] | None

@@ -5,50 +5,26 @@ from __future__ import annotations
 import asyncio
 import io
 import pickle
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...types import Refused
 from ..identity import run_id
 from ..protocols import Cluster, Process, Worker, WorkerDied
+from .entry import BATCH, MANY, Batch, Entry, parts
 
 TARGET = "miles_core.edges.queue.journal:Journal"
 SEGMENT = 64 << 20  # bytes
 SMALL = 64 << 10  # bytes: less travels in the call itself, as the object store takes a millisecond for any size
-BATCH, MANY = 16 << 20, 512  # bytes and payloads in one call
 TURN = 1 << 20  # bytes put before the event loop gets a turn, so that they are written while others are put
-RETRY_S = 1.0  # between two looks at a disk that was full
+RETRY_S = 1.0  # between two looks at a disk that was full, or at what the trainer needs
 DEATHS = 3  # of the process in a row, with nothing done in between
 CLOSE_S = 5.0  # for the last writes
 ROOM = "the queue's disk has room again: the run goes on"
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    id: int
-    size: int  # bytes
-    held: Any = None  # a reference to the payload, or a small one itself; None where only the journal has it
-    written: bool = False
-    gone: bool = False  # forgotten
-    lost: bool = False
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one call brings to the journal."""
-
-    gone: list[int] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
-
-    def args(self) -> tuple[Any, ...]:
-        held = [entry.held for entry in self.entries]
-        small = [payload if isinstance(payload, bytes) else None for payload in held]
-        large = [payload for payload in held if not isinstance(payload, bytes)]
-        return self.gone, [entry.id for entry in self.entries], small, *large
 
 
 class JournaledQueue:
@@ -56,7 +32,8 @@ class JournaledQueue:
 
     A payload is written to the journal once, soon after it was put. Beyond ``memory`` the driver lets go of written
     ones, those that were got already first, then the newest, which are needed last, and reads them back from there.
-    A put waits while ``capacity`` bytes wait to be forgotten, or while ``memory`` is full of what is not written yet.
+    A put waits while ``capacity`` bytes wait to be got, or while ``memory`` is full of what is not written yet. What was
+    got stays on disk beyond ``capacity``: a checkpoint lets go of it, and that comes only if the trainer gets more.
 
     The process of the journal runs on the driver's machine, and on no other: where Ray has several, ``run_dir`` needs
     to be on the driver's disk only. A run that is to go on elsewhere needs a ``run_dir`` that both machines see.
@@ -67,6 +44,7 @@ class JournaledQueue:
         self._memory, self._capacity = memory, capacity
         self._entries: dict[int, Entry] = {}
         self._used = self._held = self._unturned = self._deaths = 0  # all but the last in bytes
+        self._told_full = False
         self._pending: deque[Entry] = deque()  # to be written, in the order of ``put``
         self._flying = Batch()  # what the journal is being asked to write
         self._gone: list[int] = []  # forgotten, and the journal does not know yet
@@ -89,33 +67,37 @@ class JournaledQueue:
         self._pump = asyncio.create_task(self._write())
         return found
 
-    async def put(self, id: int, value: Any) -> None:
+    async def put(self, id: int, value: Any, needs: Callable[[], int | None] = lambda: 0) -> float:
+        if self._unturned >= TURN:  # before anything is taken in: whoever put it knows of it as soon as others may
+            self._unturned = 0
+            await asyncio.sleep(0)
         async with self._line:
             self._scratch.seek(0)
             pickle.Pickler(self._scratch, 5).dump(value)
             size = self._scratch.tell()
             if size > self._capacity:
+                gives = f"queue.capacity_mib = {self._capacity >> 20} gives room for {self._capacity:,}"
                 raise Refused(
-                    f"group {id} takes {size:,} bytes, and queue.capacity_mib = {self._capacity >> 20} gives room for "
-                    f"{self._capacity:,}; raise it, or sample fewer or shorter responses"
+                    f"group {id} takes {size:,} bytes, and {gives}; raise it, or sample fewer or shorter responses"
                 )
             if id in self._entries:
                 raise ValueError(f"group {id} is in the queue already")
+            waited = await self._room(id, size, needs)
             while not self._fits(size):
                 await self._change()
             self._check()
             self._take_in(Entry(id, size, await self._payload(size)))
         self._work.set()
         self._unturned += max(size, TURN >> 6)
-        if self._unturned >= TURN:
-            self._unturned = 0
-            await asyncio.sleep(0)
+        return waited
 
     async def get(self, ids: list[int]) -> list[Any]:
         self._check()
         values: dict[int, Any] = {}
-        turned = 0
-        async for entry, payload in self._payloads([self._entry(id) for id in ids]):
+        turned, wanted = 0, [self._entry(id) for id in ids]
+        for entry in wanted:
+            self._waits_no_more(entry)
+        async for entry, payload in self._payloads(wanted):
             values[entry.id] = pickle.loads(payload)
             if self._resident.pop(entry.id, None):
                 self._got[entry.id] = entry
@@ -124,17 +106,22 @@ class JournaledQueue:
                 await asyncio.sleep(0)
         return [values[id] for id in ids]
 
+    async def each(self) -> AsyncIterator[Any]:
+        self._check()
+        for part in parts([self._entry(id) for id in self._entries]):
+            async for _, payload in self._payloads(part):
+                yield pickle.loads(payload)
+
     async def forget(self, ids: Iterable[int]) -> None:
         for id in ids:
             if (entry := self._entries.pop(id, None)) is None:
                 continue
             entry.gone = True
-            self._used -= entry.size
+            self._waits_no_more(entry)
             if entry.written or entry in self._flying.entries:
                 self._gone.append(id)
             self._release(entry)
         self._work.set()
-        self._changed.set()
 
     async def sync(self) -> None:
         full = False
@@ -177,10 +164,40 @@ class JournaledQueue:
             raise LookupError(f"group {id} is {'lost with the journal' if entry else 'not in the queue'}")
         return entry
 
+    async def _room(self, id: int, size: int, needs: Callable[[], int | None]) -> float:
+        """Wait until so many bytes more may wait; returns for how many seconds. Raises as ``put`` does."""
+        began = time.monotonic()
+        while self._used + size > self._capacity and (needed := needs()) is not None:
+            if needed:
+                raise Refused(self._too_small(id, size, needed))
+            if not self._told_full:
+                self._told_full = True
+                self._say(
+                    f"the queue is full: {self._used:,} bytes wait for the trainer, and queue.capacity_mib = "
+                    f"{self._capacity >> 20}; rollouts wait until it has taken some, here and whenever that comes again"
+                )
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._change(), RETRY_S)  # nobody tells of what the trainer needs by now
+        return time.monotonic() - began
+
+    def _too_small(self, id: int, size: int, needed: int) -> str:
+        """Of a capacity that the trainer cannot go on with."""
+        waiting = sum(not entry.taken for entry in self._entries.values())
+        enough = -(-2 * needed * (self._used + size) // (waiting + 1) >> 20)  # for one step while the next is sampled
+        return (
+            f"the queue is full with {waiting} groups of {self._used:,} bytes in all, group {id} takes {size:,} more, "
+            f"and the trainer takes none before {needed} wait: queue.capacity_mib = {self._capacity >> 20} gives room "
+            f"for {self._capacity:,} bytes; raise it to {enough} at least, or lower batch.groups"
+        )
+
+    def _waits_no_more(self, entry: Entry) -> None:
+        if not entry.taken:
+            entry.taken = True
+            self._used -= entry.size
+            self._changed.set()
+
     def _fits(self, size: int) -> bool:
-        """Whether there is room, made by letting go of what the journal has."""
-        if self._used + size > self._capacity:
-            return False
+        """Whether there is memory, made by letting go of what the journal has."""
         self._shed(size)
         return self._held + size <= self._memory or not self._held  # one that is larger than the memory goes alone
 
@@ -222,7 +239,7 @@ class JournaledQueue:
                 yield entry, payload
         for (entry, _), value in zip(shared, values, strict=False):
             yield entry, value
-        for part in _parts(absent):
+        for part in parts(absent):
             for entry, value in zip(part, await self._ask("read", [entry.id for entry in part]), strict=True):
                 yield entry, value
 
@@ -365,20 +382,6 @@ class JournaledQueue:
     def _fail(self, error: BaseException) -> None:
         self._failed = error
         self._changed.set()
-
-
-def _parts(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """As many at once as fit into one call."""
-    part: list[Entry] = []
-    size = 0
-    for entry in entries:
-        if part and size + entry.size > BATCH:
-            yield part
-            part, size = [], 0
-        part.append(entry)
-        size += entry.size
-    if part:
-        yield part
 
 
 def _paused(why: str, folder: Path) -> str:

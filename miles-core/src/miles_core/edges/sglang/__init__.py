@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
 from ..protocols import Engines, Process
+from ..sharing import gpu_bytes
 
 if TYPE_CHECKING:
     from ...types import Complain
@@ -57,11 +58,21 @@ class SGLang(Plugin):
             complain(key, message)
         if not found:
             self._check_layout(complain)
+            self._check_memory(complain)
         most, draw = self.table.get("sampling_mask_max_tokens", MASK), self.run.rollout
         if draw.top_k > most or (draw.top_p < 1 and not draw.top_k):
             key = "rollout.top_k" if draw.top_k else "rollout.top_p"
             why = "SGLang tells the log-probabilities of what it drew from a cut vocabulary"
             complain(key, f"{why} only for a rollout.top_k of 1 to {most}")
+
+    def _check_memory(self, complain: Complain) -> None:
+        from . import arguments, memory
+
+        gpus, size = arguments.gpus(self.table), gpu_bytes(self.run)
+        wanted = memory.need(self.run.model.path, self.table, gpus) if gpus and size else None
+        fraction = self.table.get("mem_fraction_static")
+        if wanted and (wrong := memory.check(wanted, fraction, size)):
+            complain("sglang.mem_fraction_static" if fraction else "sglang.tp_size", wrong)
 
     def _check_layout(self, complain: Complain) -> None:
         from . import arguments
@@ -94,11 +105,15 @@ class SGLang(Plugin):
             return {}
         from importlib.metadata import version
 
-        from . import arguments
+        from . import arguments, memory
 
         count, gpus = self.run.placement.engines, arguments.gpus(self.table)
         each = f"{gpus} GPU{'s' * (gpus > 1)} each" if gpus else "on the CPU"
         lines = [f"{count} SGLang {version('sglang')} server{'s' * (count > 1)}, {each}"]
+        if gpus and (wanted := memory.need(self.run.model.path, self.table, gpus)):
+            shared = self.run.placement.layout == "colocate"
+            fraction = self.table.get("mem_fraction_static")
+            lines.append(memory.explained(wanted, fraction, gpu_bytes(self.run), shared))
         if not self.table.get("enable_deterministic_inference"):
             lines.append("sampling differs from run to run; sglang.enable_deterministic_inference = true repeats it")
         return {"engines": "\n".join(lines)}
@@ -127,7 +142,9 @@ class SGLang(Plugin):
             )
             for i in range(self.run.placement.engines)
         ]
-        return Engines(processes, client="miles_core.edges.sglang.client:SGLangClient")
+        streams = self.run.mode == "async" and self.run.max_staleness > 0
+        client = "StreamingClient" if streams else "SGLangClient"
+        return Engines(processes, client=f"miles_core.edges.sglang.client:{client}")
 
     @hookimpl
     def miles_transport(self) -> Transport:

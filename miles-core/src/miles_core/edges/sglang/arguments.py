@@ -54,6 +54,7 @@ OURS = {
 }
 ALIASES = {"model": "model_path", "seed": "random_seed"}
 REPLICAS = ("dp_size", "data_parallel_size")
+STAGES = ("pp_size", "pipeline_parallel_size")
 
 
 def refused(table: dict[str, Any]) -> list[Complaint]:
@@ -62,6 +63,9 @@ def refused(table: dict[str, Any]) -> list[Complaint]:
     if not table.get("enable_dp_attention"):  # without it SGLang refuses every update of the weights
         more = "needs enable_dp_attention = true; for more replicas say placement.engines"
         found += [(f"sglang.{key}", more) for key in REPLICAS if table.get(key, 1) != 1]
+    # A server enters the group of an update by its tensor-parallel ranks, which each of its stages has.
+    stages = "weights cannot be brought to the stages of an engine; say sglang.tp_size, or placement.engines"
+    found += [(f"sglang.{key}", stages) for key in STAGES if table.get(key, 1) != 1]
     if table.get("load_format") == "dummy":
         found.append(("sglang.load_format", "an engine starts as version 0, so with the weights in model.path"))
     return found
@@ -76,9 +80,7 @@ def gpus(table: dict[str, Any]) -> int:
     """GPUs that one engine takes: none when it is told to run on the CPU."""
     if table.get("device") == "cpu":
         return 0
-    tensor = next((table[key] for key in ("tp_size", "tensor_parallel_size") if key in table), 1)
-    pipeline = next((table[key] for key in ("pp_size", "pipeline_parallel_size") if key in table), 1)
-    return int(tensor) * int(pipeline)
+    return int(next((table[key] for key in ("tp_size", "tensor_parallel_size") if key in table), 1))
 
 
 def check(table: dict[str, Any]) -> list[Complaint]:

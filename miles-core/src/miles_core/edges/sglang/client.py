@@ -24,9 +24,11 @@ class Job:
 
     request: Request
     future: asyncio.Future[Completion]
+    asked: int = 0  # in which call of ``generate``
     part: Completion = field(default_factory=lambda: Completion([], [], [], "abort"))  # so far
     tries: int = 0  # that failed
     shunned: set[Route] = field(default_factory=set)  # where
+    cut_at: int = -1  # the version whose end last cut it short before its first token
     rid: str = ""  # its name at the server, while it is there
     alone: bool = False  # its group shares a call with no other
 
@@ -72,6 +74,7 @@ class SGLangClient:
     def __init__(self, workers: list[Worker], timeout_s: float) -> None:
         """``timeout_s``: an engine that has not answered a call by then is restarted; none in service by then fails."""
         self._router, self._timeout = Router(workers), timeout_s
+        self._asked = 0  # calls of ``generate``
         self._jobs: list[Job] = []  # of this tick
         self._rids: set[str] = set()  # in flight
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,7 +85,8 @@ class SGLangClient:
         Raises EngineError when a request cannot be answered, or was not in ``MOST_TRIES`` tries.
         """
         loop = asyncio.get_running_loop()
-        jobs = [Job(request, loop.create_future()) for request in requests]
+        self._asked += 1
+        jobs = [Job(request, loop.create_future(), self._asked) for request in requests]
         for job in jobs:
             if not job.request.tokens:
                 raise EngineError(f"request {job.request.id}: no prompt tokens")
@@ -123,8 +127,9 @@ class SGLangClient:
             if route is None:
                 homeless += jobs
                 continue
-            if jobs[0].alone:
-                self._spawn(self._send(route, jobs))
+            if apart := self._apart(jobs):
+                for part in apart:
+                    self._spawn(self._send(route, part))
                 continue
             if len(calls.setdefault(route, [])) + len(jobs) > BATCH and calls[route]:
                 self._spawn(self._send(route, calls.pop(route)))
@@ -133,6 +138,10 @@ class SGLangClient:
             self._spawn(self._send(route, jobs))
         if homeless:
             self._spawn(self._shelter(homeless))
+
+    def _apart(self, jobs: list[Job]) -> list[list[Job]]:
+        """The calls for a group that shares none with others; none where it may share one."""
+        return [jobs] if jobs[0].alone else []
 
     def _foreign(self, request: Request) -> EngineError | None:
         """What is wrong with a request that would kill one server after another: they look up any token they get."""
@@ -238,11 +247,28 @@ class SGLangClient:
         if stopped:
             question = [(job.request.id, version) for job, version in stopped]
             wanted = await worker.call("aborted", question, timeout=ANSWER_S)
-        cut = {job for (job, _), asked in zip(stopped, wanted, strict=True) if not asked}
+        cut = {job: version for (job, version), asked in zip(stopped, wanted, strict=True) if not asked}
         for job, part in zip(jobs, parts, strict=True):
             job.add(part)
             if job not in cut:
                 job.finish()
-        self._queue([job for job in cut if job.part.tokens])
-        if unborn := [job for job in cut if not job.part.tokens]:
-            await self._again(unborn, EngineError("an update of the weights cut it short before its first token"))
+        idle = [job for job, version in cut.items() if not job.part.tokens and job.cut_at == version]
+        for job, version in cut.items():
+            job.cut_at = version
+        self._queue([job for job in cut if job not in idle])
+        if idle:  # one version ends once
+            await self._again(idle, EngineError("the server aborts it before its first token, and not for an update"))
+
+
+class StreamingClient(SGLangClient):
+    """Asks for what each call of ``generate`` wants by itself, so that no group waits for the stragglers of another.
+
+    Not for each request: what is wanted together is of use once all of it is there, and costs the server one body to
+    read.
+    """
+
+    def _apart(self, jobs: list[Job]) -> list[list[Job]]:
+        parts: dict[int, list[Job]] = {}
+        for job in jobs:
+            parts.setdefault(job.asked, []).append(job)
+        return list(parts.values())

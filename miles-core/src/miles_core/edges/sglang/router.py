@@ -4,7 +4,9 @@ There is no process for it, neither SGLang's router nor one of ours. Every rollo
 share of the prompts through one client, so the client knows what each engine has to do, and the shares of the workers
 are even. A process between would pass every token on once more, be one more thing to die in the middle of a rollout,
 and know less: which server is whose successor, and what an engine says is wrong with it, only the engines' own
-processes tell. SGLang's router comes as a compiled wheel of its own, which 0.5.16 and 0.5.23 do not bring.
+processes tell. SGLang's own router, a wheel of its own, reads each request into the fields that it knows and writes it
+anew: as of 0.3.2 it refuses names and sampling parameters one for each prompt, so a group would be as many calls as it
+has attempts, and drops ``return_sampling_mask``, without which the log-probabilities of a cut vocabulary are not told.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class RunFolder:
         final = folder.parent / f"step-{state.step:06d}"
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
-        _sync(final.parent)
+        for path in (final.parent, self._dir):
+            _sync(path)
         for old in self._folders()[self._keep :]:
             shutil.rmtree(old)
         return final

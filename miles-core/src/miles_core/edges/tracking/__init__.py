@@ -79,6 +79,8 @@ class Tracking(Plugin):
         if self._metrics is None or self._record is None or self._status is None:
             return
         self._metrics.append(step, metrics)
+        if self.run.saves(step):  # once its checkpoint counts the step is never told of again
+            self._metrics.sync()
         if self._events is not None:
             self._events.add(step, metrics)
         self._status.update(self._record)
@@ -99,8 +101,7 @@ class Tracking(Plugin):
 
     @hookimpl
     def miles_saved(self, step: int, folder: Path) -> None:
-        if self._metrics is not None and self._record is not None:
-            self._metrics.sync()
+        if self._record is not None:
             self._record.checkpoint = step
 
     @hookimpl

@@ -106,9 +106,14 @@ class MetricsFile:
         self.history.add(step, row)
 
     def sync(self) -> None:
-        """Make every line so far outlive a power cut."""
+        """Make every line so far outlive a power cut. Raises OSError naming the file."""
         with explained(self.path, WHAT):
             os.fsync(self._file.fileno())
+            folder = os.open(self.path.parent, os.O_RDONLY)  # that there is a file of this name
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def close(self) -> None:
         self._file.close()
