@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gpu_cases import SHAPE, Trainer, pack, run_of
 from miles_core.edges.protocols import Completion, Request, Sampling
 from miles_core.edges.sglang import SGLang
@@ -74,16 +76,16 @@ class Served:
         return found
 
 
-def arguments(folder: Path, table: dict[str, Any]) -> tuple[Any, ...]:
-    """What a run in turns would construct its engine with."""
-    run = run_of(folder, "colocate", rollout={"timeout_s": START_S})
+def arguments(folder: Path, table: dict[str, Any], layout: str) -> tuple[Any, ...]:
+    """What a run would construct its engine with."""
+    run = run_of(folder, layout, rollout={"timeout_s": START_S})
     [process] = SGLang(SGLang.Config(**table), run).miles_engines().processes
     return process.args
 
 
 @contextmanager
-def serving(folder: Path, table: dict[str, Any], hang_s: float) -> Iterator[Served]:
-    turning, args = Turning(), arguments(folder, table)
+def serving(folder: Path, table: dict[str, Any], hang_s: float, layout: str = "colocate") -> Iterator[Served]:
+    turning, args = Turning(), arguments(folder, table, layout)
 
     async def make() -> Served:
         worker = InProcess("engine-0", SGLangEngine(*args, hang_s=hang_s), turning)
@@ -102,6 +104,29 @@ def group(number: int, attempts: int, tokens: int, **sampling: Any) -> list[Requ
     """Requests with one prompt; another number, another prompt."""
     prompt = np.random.default_rng(number).integers(0, SHAPE["vocab_size"], 32).tolist()
     return [Request(f"{number}/{i}", prompt, Sampling(tokens, **sampling), seed=i) for i in range(attempts)]
+
+
+def push(served: Served, one: Trainer, transport: Any, version: int, verify: bool = False) -> dict[str, float]:
+    """Weights to the engine, as the loop moves them."""
+    served.ask("begin_update")
+    told: dict[str, float] = transport.send(one.model.export(), verify)
+    served.ask("end_update", version)
+    served.version = version
+    return told
+
+
+def assert_bounded(one: Trainer, transport: Any, bucket: int, move: Any) -> None:
+    """``move`` takes two buckets, a copy of the largest tensor where that is larger, and what is gathered for one."""
+    torch.cuda.synchronize()
+    largest = max(tensor.nbytes for tensor in one.export().values())
+    assert largest > bucket
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    move()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 3 * bucket + largest + (4 << 20)
+    assert torch.cuda.memory_allocated() - before <= 2 * bucket + (4 << 20)
 
 
 def assert_whole(requests: list[Request], completions: list[Completion], version: int) -> None:

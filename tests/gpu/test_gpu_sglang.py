@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import Served, apart, assert_whole, group, serving
+from engine_cases import Served, apart, assert_bounded, assert_whole, group, push, serving
 from gpu_cases import SHAPE, Trainer, free, pack, run_of, sequences, trainer, until
 from miles_core.edges.protocols import EngineError, TransportError
 from miles_core.edges.sglang.handles import HandleTransport
@@ -47,14 +47,6 @@ def transport(served: Served, one: Trainer) -> Iterator[HandleTransport]:
     transport.connect([served.worker], one.model.layout)
     yield transport
     transport.close()
-
-
-def push(served: Served, one: Trainer, transport: HandleTransport, version: int) -> dict[str, float]:
-    served.ask("begin_update")
-    told = transport.send(one.model.export(), verify=version == 0)
-    served.ask("end_update", version)
-    served.version = version
-    return told
 
 
 def running(served: Served) -> bool:
@@ -131,7 +123,7 @@ def test_memory_is_given_back_and_taken_again(served: Served, one: Trainer) -> N
 def test_weights_arrive_by_handles_and_every_tensor_is_compared(
     served: Served, one: Trainer, transport: HandleTransport
 ) -> None:
-    told = push(served, one, transport, 0)
+    told = push(served, one, transport, 0, verify=True)
     sizes = {name: tensor.nbytes for name, tensor in one.export().items()}
     assert told == {"bytes": float(sum(sizes.values())), "tensors": float(len(sizes))}
     before = served.ask("checksums")
@@ -147,6 +139,26 @@ def test_weights_arrive_by_handles_and_every_tensor_is_compared(
     completions = served.generate(requests)
     assert_whole(requests, completions, 0)
     assert apart(one, requests, completions) < APART
+
+
+def test_a_tensor_that_never_arrives_is_found_out(served: Served, one: Trainer, transport: HandleTransport) -> None:
+    """The server has it from its disk, and it is made random."""
+    lost = "model.layers.2.mlp.down_proj.weight"
+    for version, why in ((0, "are not what the server read"), (5, "of the engine did not arrive")):
+        served.ask("begin_update")
+        transport.send(((name, tensor) for name, tensor in one.model.export() if name != lost), verify=True)
+        with pytest.raises(TransportError, match=f"1 of .* tensors {why}.* such as 0/{lost}"):
+            served.ask("end_update", version)
+        transport.send(one.model.export(), verify=True)
+        served.ask("end_update", version)
+    served.version = version
+
+
+def test_a_send_takes_the_memory_of_its_buckets(served: Served, one: Trainer) -> None:
+    transport = HandleTransport(1, BUCKET, 120)
+    transport.connect([served.worker], one.model.layout)
+    assert_bounded(one, transport, BUCKET, lambda: push(served, one, transport, served.version + 1))
+    transport.close()
 
 
 def test_a_step_changes_what_is_sampled(served: Served, one: Trainer, transport: HandleTransport) -> None:
@@ -304,3 +316,8 @@ def test_an_update_cut_short_is_never_served(served: Served, one: Trainer, trans
     with pytest.raises(EngineError, match="was cut short; its successor serves nothing until whole weights arrive"):
         served.ask("address")
     until(lambda: not parents(leader), 15, "nothing of the old server is left")
+    push(served, one, transport, served.version + 1)  # waits for the successor
+    requests = group(85, 4, 32)
+    completions = served.generate(requests)
+    assert_whole(requests, completions, served.version)
+    assert apart(one, requests, completions) < APART

@@ -9,7 +9,7 @@ from miles_core.edges.protocols import Request, Sampling
 from miles_core.edges.sglang import wire
 
 
-def test_a_bucket_never_flushes_the_cache() -> None:
+def test_a_bucket_flushes_the_cache_only_when_told() -> None:
     """It does by default, for every bucket."""
     path, body = wire.update(wire.Tensors(("AAAA", "BBBB"), "flattened_bucket"))
     assert path == "/update_weights_from_tensor"
@@ -28,6 +28,8 @@ def test_a_bucket_never_flushes_the_cache() -> None:
         "load_format": None,
         "flush_cache": False,
     }
+    _, told = wire.update(wire.Tensors(("AAAA",), ""), flush=True)
+    assert told["flush_cache"] is True
 
 
 def test_a_request_says_all_that_has_a_default() -> None:

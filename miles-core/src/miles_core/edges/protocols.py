@@ -300,7 +300,7 @@ class Transport(Protocol):
     def connect(self, engines: list[Worker], layout: Layout) -> None: ...
 
     def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
-        """Send all that ``tensors`` yields; with ``verify`` compare every tensor by checksum after loading.
+        """Send all that ``tensors`` yields; with ``verify`` see by checksums whether every tensor arrived.
 
         Returns metrics (``bytes``, ``tensors``). Raises TransportError naming the tensor and the engine.
         """

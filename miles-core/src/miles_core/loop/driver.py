@@ -104,7 +104,7 @@ class Loop:
             self.hooks.progress(text=f"going on after step {self.state.step}, from {folder}")
         await self.rollouts.restore(self.state)
         self.fleet.asked = self.state.step
-        await self.fleet.push(verify=True)  # also proves, before any step, that weights arrive
+        await self.fleet.push(verify=True)  # also sees, before any step, whether weights arrive
         self.began = time.perf_counter() - self.state.seconds
 
     async def turn(self) -> None:

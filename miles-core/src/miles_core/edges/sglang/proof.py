@@ -14,6 +14,8 @@ from ..protocols import EngineError, TransportError
 
 Check = Callable[[str], Awaitable[dict[str, Any]]]  # asks the server's /weights_checker for an action
 
+OR_ELSE = "; for an engine with tensors that no file of weights has, sglang.verify_every = -1 leaves them alone"
+
 
 def checksums(told: dict[str, Any]) -> dict[str, str]:
     """Those that the server's tensor-parallel ranks tell: "0/model.norm.weight" and so on."""
@@ -51,7 +53,7 @@ class Proof:
         elif left := [name for name, value in self._random.items() if now.get(name) == value]:
             raise TransportError(
                 f"{len(left)} of {len(self._random)} tensors of the engine did not arrive, such as {left[0]}; the "
-                "trainer's model lacks them, or weights were lost on the way"
+                f"trainer's model lacks them, or weights were lost on the way{OR_ELSE}"
             )
 
 
@@ -60,7 +62,7 @@ def compare(disk: dict[str, str], now: dict[str, str]) -> None:
     if wrong := [name for name in disk if now.get(name) != disk[name]]:
         raise TransportError(
             f"{len(wrong)} of {len(disk)} tensors are not what the server read from disk, such as {wrong[0]}; the "
-            "trainer's model differs from the engine's, or weights were lost on the way"
+            f"trainer's model differs from the engine's, or weights were lost on the way{OR_ELSE}"
         )
 
 

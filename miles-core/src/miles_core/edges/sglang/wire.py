@@ -51,7 +51,7 @@ class Stranger(EngineError):
     """A server answered that is not the one asked: its port went to another."""
 
 
-def update(bucket: Tensors | Broadcast, flush: bool) -> tuple[str, dict[str, Any]]:
+def update(bucket: Tensors | Broadcast, flush: bool = False) -> tuple[str, dict[str, Any]]:
     """Path and body that load a bucket. ``flush`` the cache with it: once an update, while the server stands still.
 
     That keeps the memory in which buckets arrive, which ``/flush_cache`` would give back to the driver. 0.5.16 ends

@@ -1,0 +1,125 @@
+"""Weights from a trainer on one GPU to a real server on another, and what is left when one of them goes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_cases import Served, apart, assert_bounded, assert_whole, group, push, serving
+from gpu_cases import Trainer, run_of, trainer, until
+from miles_core.edges.protocols import TransportError
+from miles_core.edges.sglang.broadcast import BroadcastTransport
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
+
+APART = 0.01
+BUCKET = 16 << 20
+SMALL = {"mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16, "base_gpu_id": 1}
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path, flags: dict[str, Any]) -> Iterator[Served]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with serving(tiny, flags | SMALL, 15, "split") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def one(alone: None, tiny: Path) -> Iterator[Trainer]:
+    with trainer(run_of(tiny, "split")) as one:
+        yield one
+
+
+@pytest.fixture
+def transport(served: Served, one: Trainer) -> Iterator[BroadcastTransport]:
+    transport = BroadcastTransport(1, BUCKET, 60, every=2)
+    transport.connect([served.worker], one.model.layout)
+    yield transport
+    transport.close()
+
+
+def assert_serves(served: Served, one: Trainer) -> None:
+    requests = group(10 + served.version, 4, 32)
+    completions = served.generate(requests)
+    assert_whole(requests, completions, served.version)
+    assert apart(one, requests, completions) < APART
+
+
+def test_weights_arrive_by_broadcast_and_are_proved(
+    served: Served, one: Trainer, transport: BroadcastTransport
+) -> None:
+    push(served, one, transport, 0, verify=True)
+    for _ in range(3):  # one of them is proved too
+        with torch.no_grad():
+            for parameter in one.model.module.parameters():
+                parameter.mul_(1.01)
+        push(served, one, transport, served.version + 1)
+        assert_serves(served, one)
+
+
+def test_a_send_takes_the_memory_of_its_buckets(served: Served, one: Trainer, transport: BroadcastTransport) -> None:
+    assert_bounded(one, transport, BUCKET, lambda: push(served, one, transport, served.version + 1))
+
+
+def test_a_server_that_dies_among_buckets_ends_the_send(
+    served: Served, one: Trainer, transport: BroadcastTransport
+) -> None:
+    push(served, one, transport, served.version + 1)
+    restarts = served.ask("health")["restarts"]
+
+    def cut() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, pair in enumerate(one.model.export()):
+            if i == 20:
+                served.live().process.stop()
+                time.sleep(1)
+            yield pair
+
+    served.ask("begin_update")
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="engine-0 did not load model"):
+        transport.send(cut(), verify=False)
+    assert time.monotonic() - began < 20
+    served.ask("abort_update")
+    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
+    push(served, one, transport, served.version + 1)  # waits for the successor, and meets it in another group
+    assert_serves(served, one)
+
+
+def member(rank: int, folder: str, left: Any) -> None:
+    """One of two ranks of a group. The first is killed; the other leaves, as a server does when it is told to."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    tensor = torch.zeros(1 << 20, device="cuda")
+    dist.broadcast(tensor, 0)
+    torch.cuda.synchronize()
+    left.put(rank)
+    if rank == 0:
+        signal.pause()
+    time.sleep(2)
+    dist.destroy_process_group()
+    left.put("left")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_survivor_can_leave_a_group_of_the_dead(tmp_path: Path) -> None:
+    """Or a server that is told to would stand still; see ``BroadcastTransport._dismiss``."""
+    fresh = get_context("spawn")
+    left = fresh.Queue()
+    both = [fresh.Process(target=member, args=(rank, str(tmp_path), left)) for rank in range(2)]
+    for process in both:
+        process.start()
+    assert {left.get(timeout=120), left.get(timeout=120)} == {0, 1}
+    both[0].kill()
+    try:
+        assert left.get(timeout=30) == "left"
+    finally:
+        for process in both:
+            process.kill()
