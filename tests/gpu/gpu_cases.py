@@ -158,6 +158,12 @@ def free() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def free_everywhere() -> int:
+    """The same of every GPU, added up."""
+    free()
+    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
+
+
 def until(condition: Callable[[], Any], patience_s: float, what: str) -> Any:
     """The first true answer. Raises AssertionError with ``what`` when there is none in time."""
     from time import monotonic, sleep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu_cases import free
+from gpu_cases import free_everywhere
 from test_gpu_run import assert_nothing_is_left, folder, metrics, start, story
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("four_gpus"), pytest.mark.timeout(500)]
@@ -18,7 +18,7 @@ def test_a_model_in_two_parts_moves_to_two_engines(folder: Path, sglang: Path, k
 
     Every tensor of version 0 is compared with what the engines read from the disk, before the first step.
     """
-    before = free()
+    before = free_everywhere()
     options = ("placement.layout=split", "mode=overlap", "placement.trainers=2", "placement.engines=2", "steps=4")
     options += (f"run_dir={kind}", f"megatron.{kind}_model_parallel_size=2", "sglang.bucket_mib=1")
     process = start(folder, sglang, *(word for option in options for word in ("--set", option)))

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from gpu_cases import free, until
+from gpu_cases import free_everywhere, until
 from together.whole_runs import processes_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
@@ -116,12 +116,16 @@ def story(folder: Path, name: str = "out") -> str:
 
 
 def assert_nothing_is_left(folder: Path, before: int) -> None:
-    """Neither a process that was started in ``folder`` nor memory on the GPU."""
+    """Neither a process that was started in ``folder`` nor memory on any GPU."""
     deadline = time.monotonic() + GONE_S
     while left := processes_of(str(folder)):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
-    until(lambda: free() > before - LEFT, GONE_S, f"{before >> 20} MiB of the GPU are free again, as before the run")
+    until(
+        lambda: free_everywhere() > before - LEFT,
+        GONE_S,
+        f"{before >> 20} MiB of the GPUs are free again, as before the run",
+    )
 
 
 def assert_audited(folder: Path, name: str, trained: int) -> None:
@@ -144,11 +148,11 @@ def reach(process: subprocess.Popen[str], folder: Path, name: str, step: int) ->
 
 def told_to_end(folder: Path, sglang: Path, name: str, *options: str) -> int:
     """A run that gets SIGTERM after its fifth step or a little later; the last one that it finished."""
-    before = free()
+    before = free_everywhere()
     process = start(folder, sglang, "--set", f"run_dir={name}", *options)
     try:
         reach(process, folder, name, 5)
-        assert before - free() > 1 << 30, "while it ran it was on this GPU"
+        assert before - free_everywhere() > 1 << 30, "while it ran it was on the GPU"
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     finally:
@@ -172,7 +176,7 @@ def servers_of(folder: Path) -> list[int]:
 
 def resumed_with_a_kill(folder: Path, sglang: Path, name: str, ended: int, last: int, *options: str) -> str:
     """A run that goes on behind step ``ended`` until ``last``, whose server is killed on the way; what it said."""
-    before = free()
+    before = free_everywhere()
     process = start(folder, sglang, "--set", f"run_dir={name}", "--resume", "--set", f"steps={last}", *options)
     try:
         reach(process, folder, name, ended + 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_cases import SHAPE, free, pack, run_of, sequences, trainer
+from gpu_cases import SHAPE, free_everywhere, pack, run_of, sequences, trainer
 from test_gpu_run import (
     assert_audited,
     assert_nothing_is_left,
@@ -68,7 +68,7 @@ def test_every_layout_of_two_ranks_has_the_gradients_of_one(
 
 def test_a_run_with_an_engine_of_its_own_overlaps_by_one_step(folder: Path, sglang: Path) -> None:
     """Weights travel by NCCL; those of version 0 are compared tensor by tensor before the first step."""
-    before = free()
+    before = free_everywhere()
     options = ("placement.layout=split", "mode=overlap", "steps=6", "run_dir=split", "sglang.bucket_mib=1")
     process = start(folder, sglang, *(word for option in options for word in ("--set", option)))
     try:

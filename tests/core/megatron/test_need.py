@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from miles_core.config import RunConfig
 from miles_core.edges import sharing
-from miles_core.edges.megatron import need
+from miles_core.edges.megatron import Megatron, need
 from miles_core.edges.megatron.hf import architecture, read
 from miles_core.types import Role
 
@@ -98,6 +98,16 @@ def test_where_no_gpu_is_known_nothing_is_refused(model: Path, monkeypatch: pyte
     monkeypatch.setattr(sharing, "_smallest", lambda: 2 << 30)
     assert len(complaints(run_of(model))) == 1
     assert need.explained({}, run_of(model), POLICY).endswith("on each GPU of 2.1 GB")
+
+
+def test_a_plan_tells_memory_and_the_bytes_of_an_update(model: Path) -> None:
+    def told(**placement: Any) -> dict[str, str]:
+        return Megatron(Megatron.Config(), run_of(model, **placement)).miles_explain(POLICY)
+
+    assert told()["memory"] == need.explained({}, run_of(model), POLICY)
+    assert told()["sync"] == f"{2 * ALL:,} bytes of weights to each engine, every time they are updated"
+    assert "memory" not in told(layout="cpu") and told(layout="cpu")["sync"].startswith(f"{4 * ALL:,} bytes")
+    assert "sync" not in told(engines=0)
 
 
 @pytest.mark.parametrize(

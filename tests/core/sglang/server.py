@@ -275,13 +275,13 @@ def told(outcome: tuple[bool, str]) -> tuple[int, dict[str, Any]]:
     return 200 if outcome[0] else 400, {"success": outcome[0], "message": outcome[1]}
 
 
-async def main(args: argparse.Namespace) -> None:
+async def main(args: argparse.Namespace, kind: type[Server] = Server) -> None:
     if args.die:
         print("Traceback (most recent call last):\nRuntimeError: no kernel image is available", flush=True)
         sys.exit(1)
     subprocess.Popen(["sleep", "600"])  # stands for the scheduler: it must not outlive the server
     await asyncio.sleep(args.load_s)
-    server = Server(args)
+    server = kind(args)
     try:
         listening = await asyncio.start_server(server.serve, args.host, args.port, limit=2**24)
     except OSError as error:
@@ -291,17 +291,21 @@ async def main(args: argparse.Namespace) -> None:
     await asyncio.gather(listening.serve_forever(), server.scheduler.run())
 
 
-if __name__ == "__main__":
-    options = argparse.ArgumentParser()
-    options.add_argument("--dialect", choices=["0.5.16", "0.5.23"], required=True)
-    options.add_argument("--die", action="store_true", help="while starting, with a traceback")
-    options.add_argument("--load-s", type=float, default=0.0, help="before it listens")
-    options.add_argument("--slow-s", type=float, default=0.0, help="listening, but not ready")
-    options.add_argument("--step-s", type=float, default=0.001, help="for a token of every running request")
-    options.add_argument("--max-running-requests", type=int, default=10000)
-    options.add_argument("--context-length", type=int, default=512)
-    options.add_argument("--cache-gib", type=float, default=0.0, help="told, with 2 GiB of weights")
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dialect", choices=["0.5.16", "0.5.23"], required=True)
+    parser.add_argument("--die", action="store_true", help="while starting, with a traceback")
+    parser.add_argument("--load-s", type=float, default=0.0, help="before it listens")
+    parser.add_argument("--slow-s", type=float, default=0.0, help="listening, but not ready")
+    parser.add_argument("--step-s", type=float, default=0.001, help="for a token of every running request")
+    parser.add_argument("--max-running-requests", type=int, default=10000)
+    parser.add_argument("--context-length", type=int, default=512)
+    parser.add_argument("--cache-gib", type=float, default=0.0, help="told, with 2 GiB of weights")
     for option in ("--model-path", "--host", "--weight-version"):
-        options.add_argument(option, required=True)
-    options.add_argument("--port", type=int, required=True)
-    asyncio.run(main(options.parse_args()))
+        parser.add_argument(option, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    asyncio.run(main(options().parse_args()))

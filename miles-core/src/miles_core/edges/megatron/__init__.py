@@ -60,7 +60,7 @@ class Megatron(Plugin):
         said = {"memory": need.explained(self.table, self.run, roles)} if gpu else {}
         if self.run.placement.engines:
             size = model.parameters * (2 if self.table.get("bf16", gpu) else 4)
-            said["sync"] = f"{size / need.GB:.2f} GB of weights to each engine, every time they are updated"
+            said["sync"] = f"{size:,} bytes of weights to each engine, every time they are updated"
         return said | {
             "model": f"{shape['num_layers']} layers of {shape['hidden_size']}, {model.parameters:,} parameters",
             "trainers": f"{trainers} ranks: tensor {tensor} x pipeline {pipeline} "
