@@ -87,7 +87,7 @@ class Place:
 
     work: Path
     sglang: Path
-    gpus: tuple[int, ...]  # the job's own
+    gpus: tuple[str, ...]  # the job's own, as CUDA_VISIBLE_DEVICES has them
 
 
 def ask(name: str, rows: list[str], at: Place, keep: Keep) -> tuple[list[Row], str]:
@@ -96,7 +96,7 @@ def ask(name: str, rows: list[str], at: Place, keep: Keep) -> tuple[list[Row], s
     told, errors = (work / f"{name}-{time.time_ns()}.{kind}" for kind in ("jsonl", "log"))
     command = [sys.executable, str(Path(__file__).absolute()), "--job", name, "--only", *rows]
     command += ["--work", str(work), "--sglang", str(at.sglang), "--report", str(told)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, at.gpus))}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(at.gpus)}
     why = ""
     with errors.open("w") as file:  # no pipe: what a job leaves behind might hold it open
         process = subprocess.Popen(command, stderr=file, start_new_session=True, env=env)
@@ -178,6 +178,11 @@ def main() -> None:
         table(args, work)
 
 
+def visible(count: int) -> list[str]:
+    """The GPUs that this process may use, by the names that its children know them by."""
+    return list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) or [str(i) for i in range(count)]
+
+
 def table(args: argparse.Namespace, work: Path) -> None:
     """Job after job, or on GPUs of their own side by side; what is known so far is on disk after each row."""
     import torch
@@ -186,7 +191,7 @@ def table(args: argparse.Namespace, work: Path) -> None:
     before = known(out, where) if out else []
     found: dict[str, list[Row]] = {}
     jobs = {name: [row for row in job.rows if row in args.only] for name, job in JOBS.items()}
-    free, changed = list(range(count)), Condition()
+    free, changed = visible(count), Condition()
 
     def keep(name: str, rows: list[Row]) -> None:
         with changed:

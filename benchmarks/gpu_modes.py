@@ -22,7 +22,7 @@ from queue import Queue
 from threading import Lock
 from typing import Any
 
-from gpu import SGLANG, machine
+from gpu import SGLANG, machine, visible
 from on_gpu.models import write
 from on_gpu.runs import WARM, WORKLOAD, miles_run
 
@@ -30,7 +30,6 @@ MODES = {
     "sync": ("mode=sync",),
     "overlap": ("mode=overlap",),
     "async, 1 version": ("mode=async", "rollout.max_staleness=1"),
-    "async, 2": ("mode=async", "rollout.max_staleness=2"),
 }
 SAMPLES = 32 * 8  # a step, as in workload.toml
 LAST = 5  # steps whose rewards are averaged
@@ -92,13 +91,13 @@ def table(found: Found) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE")
-    parser.add_argument("--tokens", type=int, default=1536, help="most of a response")
+    parser.add_argument("--tokens", type=int, default=1024, help="most of a response")
     parser.add_argument("--median", type=float, default=128, help="tokens of a response")
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of a response's length")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--sglang", type=Path, default=SGLANG, help="a TOML file with the server's arguments")
     parser.add_argument("--traces", type=Path, help="a folder for the trace of each mode's first seed")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md, anew after every run")
@@ -111,8 +110,9 @@ def main() -> None:
     path = args.out.with_suffix(".json") if args.out else None
     found: Found = json.loads(path.read_text())["runs"] if path and path.exists() else {}
     pairs: Queue[str] = Queue()
-    for i in range(torch.cuda.device_count() // 2):
-        pairs.put(f"{2 * i},{2 * i + 1}")
+    gpus = visible(torch.cuda.device_count())
+    for pair in zip(gpus[::2], gpus[1::2], strict=False):
+        pairs.put(",".join(pair))
     where, writing = machine(), Lock()
     settings = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
     with tempfile.TemporaryDirectory(prefix="miles-bench-") as folder:

@@ -17,6 +17,9 @@ from time import monotonic, sleep
 
 TAIL_LINES = 30
 GONE_S = 5.0  # for killed processes to disappear
+# NCCL decides for itself, as in the trainers, how a GPU reads another's memory. SGLang would turn one of the two ways
+# off in its server alone, and ends that do not agree fail at the first broadcast, or wait for each other for ever.
+AGREED = {"NCCL_CUMEM_ENABLE": "-2"}
 
 
 class ServerProcess:
@@ -32,6 +35,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=AGREED | os.environ,
         )
         self._reader = threading.Thread(target=self._read, args=(asyncio.get_running_loop(),), daemon=True)
         self._reader.start()
