@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of a response's length")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--sglang", type=Path, default=SGLANG, help="a TOML file with the server's arguments")
+    parser.add_argument("--within", type=float, default=float("inf"), help="begin no run later than so many seconds")
     parser.add_argument("--traces", type=Path, help="a folder for the trace of each mode's first seed")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md, anew after every run")
     args = parser.parse_args()
@@ -113,8 +114,9 @@ def main() -> None:
     gpus = visible(torch.cuda.device_count())
     for pair in zip(gpus[::2], gpus[1::2], strict=False):
         pairs.put(",".join(pair))
-    where, writing = machine(), Lock()
+    where, writing, began = machine(), Lock(), time.monotonic()
     settings = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
+    del settings["within"]
     with tempfile.TemporaryDirectory(prefix="miles-bench-") as folder:
         model = write(Path(folder), "0.1B")
 
@@ -123,6 +125,8 @@ def main() -> None:
                 return
             gpus = pairs.get()
             try:
+                if time.monotonic() - began > args.within:
+                    return
                 row = one(args, model, mode, seed, Path(folder), gpus)
             except Exception as error:  # it is said, and the others are measured all the same
                 print(f"seed {seed}, {mode}: not measured: {error}", flush=True)
