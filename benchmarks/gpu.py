@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Event
 from typing import Any
 
 from on_gpu.table import Report, Row, known, line, read, reporter, write
@@ -59,6 +59,7 @@ JOBS = {
 ROWS = [row for job in JOBS.values() for row in job.rows]
 KEPT = Path(__file__).parent / "results"
 LOOK_S = 1.0  # between two looks at what a process has reported
+ENDING = Event()  # told to end: with all that was started
 Keep = Callable[[list[Row]], None]
 
 
@@ -102,7 +103,7 @@ def ask(name: str, rows: list[str], at: Place, keep: Keep) -> tuple[list[Row], s
         process = subprocess.Popen(command, stderr=file, start_new_session=True, env=env)
         deadline = time.monotonic() + JOBS[name].limit_s
         try:
-            while (status := process.poll()) is None and time.monotonic() < deadline:
+            while (status := process.poll()) is None and time.monotonic() < deadline and not ENDING.is_set():
                 time.sleep(LOOK_S)
                 keep(read(told))
             if status is None:
@@ -126,7 +127,7 @@ def finish(name: str, wanted: list[str], at: Place, keep: Keep) -> list[Row]:
     """
     done: list[Row] = []
     left, barren = [row for row in JOBS[name].rows if row in wanted], 0
-    while left:
+    while left and not ENDING.is_set():
         before = done
         rows, why = ask(name, left, at, lambda found, before=before: keep(before + found))
         done, barren = done + rows, 0 if rows else barren + 1
@@ -166,7 +167,7 @@ def main() -> None:
     if args.job:
         measure(args.job, args.only, args.work, args.sglang, reporter(args.report))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a job started ends, too
+    signal.signal(signal.SIGTERM, _end)
     import torch
 
     if not torch.cuda.is_available():
@@ -176,6 +177,11 @@ def main() -> None:
         work = (args.work or Path(folder)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         table(args, work)
+
+
+def _end(*_: Any) -> None:
+    ENDING.set()  # another job of a thread of the pool is not begun, and those that run are killed
+    sys.exit(143)
 
 
 def visible(count: int) -> list[str]:
@@ -204,6 +210,8 @@ def table(args: argparse.Namespace, work: Path) -> None:
 
     def measure(name: str) -> None:
         job, wanted = JOBS[name], jobs[name]
+        if ENDING.is_set():
+            return
         if count < job.gpus:
             return keep(name, [Row(row, f"{row}: not measured", note="needs two GPUs") for row in wanted])
         with changed:

@@ -95,8 +95,8 @@ def rank(gpu: int = 0) -> Iterator[None]:
     """This process as the only training rank."""
     torch.cuda.set_device(gpu)
     with tempfile.TemporaryDirectory() as folder:
-        meeting, where = f"file://{folder}/meeting", torch.device("cuda", gpu)
-        dist.init_process_group("nccl", init_method=meeting, rank=0, world_size=1, device_id=where)
+        # Bound to a device, this group would be split to make others, and no server could meet it in one.
+        dist.init_process_group("nccl", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
         yield
         dist.destroy_process_group()
 

@@ -45,7 +45,9 @@ def check(name: str, tiny: Path, case: dict[str, Any], layers: str) -> None:
         before = gathered(one.export())
         one.model.step(veto)
         after = gathered(one.export())
-        assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in after)
+        # A norm's weight is 1 at first, and the learning rate is less than what bfloat16 can add to that.
+        still = [key for key in after if "norm" not in key and torch.equal(before[key], after[key])]
+        assert before.keys() == after.keys() and not still, f"{name}: {still}"
         if name != "sharded":
             apart = errors(found, case["gradients"])
             assert max(apart.values()) < WORST, f"{name}: {apart}"

@@ -18,7 +18,7 @@ from . import wire
 from .bucket import Flat, Lone, Place, buckets, names_of
 from .proof import Proving
 
-FLATS = 4  # that take the memory of two buckets: the engine is never without one, and the last is soon loaded
+FLATS = 2  # one is filled while the engine loads the other; every load has a price of its own, so few large ones
 
 
 class HandleTransport:
@@ -34,7 +34,7 @@ class HandleTransport:
         Whether all arrived is found out when that is asked for, and ``every`` so many updates."""
         self._gpus, self._timeout = gpus, timeout_s
         self._proving = Proving(every)
-        self._flats = [Flat(max(1, 2 * bucket_bytes // FLATS)) for _ in range(FLATS)]
+        self._flats = [Flat(bucket_bytes) for _ in range(FLATS)]
         self._payloads: dict[tuple[int, str], tuple[list[Place], str]] = {}  # by buffer and first tensor
         self._pool = ThreadPoolExecutor(FLATS + 1, thread_name_prefix="weights")  # and for what else it is told
 
