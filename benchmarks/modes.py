@@ -104,7 +104,9 @@ def main() -> None:
         mean = {key: statistics.fmean(row[key] for row in rows) for key in ("stale", "waited")}
         most = max(row["stalest"] for row in rows)
         ratios = f"{base[name] / base['sync']:.2f} | {base[name] / base['overlap']:.2f}"
-        lines.append(f"| {name} | {base[name]:.1f} | {ratios} | {mean['stale']:.2f} | {most:.0f} | {mean['waited']:.0%} |")
+        lines.append(
+            f"| {name} | {base[name]:.1f} | {ratios} | {mean['stale']:.2f} | {most:.0f} | {mean['waited']:.0%} |"
+        )
     print("\n".join(lines))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

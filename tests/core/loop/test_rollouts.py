@@ -101,7 +101,9 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(folder: Path, capacity: int = 1 << 20, said: list[str] | None = None, **keys: Any) -> AsyncIterator[Bench]:
+async def bench(
+    folder: Path, capacity: int = 1 << 20, said: list[str] | None = None, **keys: Any
+) -> AsyncIterator[Bench]:
     run = RunConfig(algorithm="any", model={"path": "model"}, batch={"groups": GROUPS, "group_size": 1}, **keys)  # type: ignore[arg-type]
     store, cluster = RunFolder(folder, 1), Threads()
     queue = JournaledQueue(cluster, folder, 1 << 20, capacity, (said if said is not None else []).append)
