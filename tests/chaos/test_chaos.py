@@ -15,6 +15,8 @@ import pytest
 from chaos import MILES, Chaos, rows, schedule
 from victims import left_in_shared_memory
 
+TOLERANCE = 0.1  # of rewards between 0 and 1: what streams is never quite the same twice
+
 RUN = """\
 algorithm = "grpo"
 seed = 3
@@ -90,6 +92,22 @@ def survive(seed: int, kills: int, steps: int, groups: int, of_each: int) -> Cha
     return chaos
 
 
+def undisturbed(folder: Path) -> Path:
+    """The run that is in ``folder`` once more, with no kills; where it is then."""
+    text = (folder / "run.toml").read_text()
+    (folder / "plain.toml").write_text(text.replace('"run"', '"plain"').replace("witness.jsonl", "plain.jsonl"))
+    env = os.environ | {"TERM": "dumb", "TMPDIR": str(folder)}
+    done = subprocess.run([MILES, "run", "plain.toml"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "plain"
+
+
+def learned(run: Path, last: int = 20) -> float:
+    """The mean reward of the last steps."""
+    rewards = [row["reward/mean"] for row in rows(run / "metrics.jsonl") if row["step"]]
+    return sum(rewards[-last:]) / last
+
+
 def conserved(chaos: Chaos, steps: int, groups: int) -> None:
     """Every step once; every prompt in one state, trained on once, and for the step that a witness saw it come to."""
     assert [row["step"] for row in rows(chaos.run / "metrics.jsonl") if row["step"]] == list(range(1, steps + 1))
@@ -110,7 +128,7 @@ def conserved(chaos: Chaos, steps: int, groups: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_few_kills() -> None:
-    """One of each kind, and two more."""
+    """One of each kind, and two more: too few steps to learn what the reward could tell."""
     chaos = survive(seed=6, kills=10, steps=24, groups=8, of_each=1)
     shutil.rmtree(chaos.folder)
 
@@ -119,6 +137,8 @@ def test_a_few_kills() -> None:
 @pytest.mark.timeout(3600)
 def test_two_hundred_kills(request: pytest.FixtureRequest) -> None:
     chaos = survive(request.config.getoption("--seed", 0), kills=200, steps=200, groups=16, of_each=2)
-    last = [row["reward/mean"] for row in rows(chaos.run / "metrics.jsonl") if row["step"]][-20:]
-    assert sum(last) / len(last) > 0.7, "it has not learned what a run without kills learns"
+    killed, plain = learned(chaos.run), learned(undisturbed(chaos.folder))
+    print(f"reward {killed:.3f}, and {plain:.3f} without kills")
+    assert plain > 0.7, "this run cannot tell, as it does not learn the task without kills either"
+    assert killed > plain - TOLERANCE, "it has not learned what a run without kills learns"
     shutil.rmtree(chaos.folder)

@@ -44,11 +44,21 @@ def audited(runs: Any, name: str) -> str:
     return done.stdout
 
 
-def test_without_staleness_it_is_the_synchronous_run(go: Any, runs: Any) -> None:
-    turns = go("turns", "mode=sync")
-    stream = go("stream-0", "mode=async", "rollout.max_staleness=0")
-    assert timeless(stream) == timeless(turns)
-    assert "48 taken, 48 trained" in audited(runs, "stream-0")
+@pytest.mark.parametrize("drops", [False, True])
+def test_without_staleness_it_is_the_synchronous_run(go: Any, runs: Any, drops: bool) -> None:
+    """Also where groups are dropped, and others sampled in their place: by waves there, one by one here."""
+    keys = ["batch.group_size=2", "grpo.dynamic_sampling=true"] if drops else []
+    turns = go(f"turns-{drops}", "mode=sync", *keys)
+    stream = go(f"stream-0-{drops}", "mode=async", "rollout.max_staleness=0", *keys)
+    dropped = sum(int(row["rollout/dropped_groups"]) for row in turns if row["step"])
+    assert (dropped > 3) == drops
+    streamed, turned = timeless(stream), timeless(turns)
+    if drops:  # the engine's batches are others, and the last bits of its log-probabilities with them
+        for one, other in zip(streamed[1:], turned[1:], strict=True):
+            assert one.pop("kl/train_rollout") == pytest.approx(other.pop("kl/train_rollout"), abs=1e-6)
+    assert streamed == turned
+    told = audited(runs, f"stream-0-{drops}")
+    assert f"{48 + dropped} taken," in told and "48 trained\n" in told
 
 
 @pytest.mark.parametrize("weights", ["drain", "retract", "in_place"])

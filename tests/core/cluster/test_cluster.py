@@ -204,6 +204,31 @@ def test_silence_is_death(cluster, blocking):
     assert leash.born(pid) is None
 
 
+def test_one_that_hangs_is_killed_whoever_waits_for_it_and_one_at_work_is_not(cluster, tmp_path):
+    async def go():
+        watchful = RayCluster(cluster._session, tmp_path, 60, 1.5)
+        busy, hung = [
+            await watchful.start(Process(name, f"cluster_targets:{cls}", cpus=0.1))
+            for name, cls in (("busy", "Plain"), ("hung", "Async"))
+        ]
+        work, never = asyncio.ensure_future(busy.call("sleep", 4)), asyncio.ensure_future(hung.call("meet", 2))
+        await asyncio.sleep(0.5)
+        began = time.monotonic()
+        os.kill(hung.place.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerDied, match="hung answered nothing for 1.5 s .ray.silence_s., and was killed during"):
+            await asyncio.wait_for(never, 20)
+        assert 1.0 < time.monotonic() - began < 10
+        while leash.born(hung.place.pid) and time.monotonic() - began < 15:
+            await asyncio.sleep(0.01)
+        assert leash.born(hung.place.pid) is None
+        await work
+        assert await busy.call("echo", "alive") == "alive"
+        for worker in (busy, hung):
+            await worker.kill()
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("resource", [{"cpus": 100}, {"gpus": 64}])
 def test_what_no_machine_has_is_refused_at_once(cluster, resource):
     began = time.monotonic()

@@ -30,6 +30,7 @@ class Ray(Plugin):
         object_store_mib: int = Field(256, ge=80)  # shared memory of a local Ray
         dashboard: bool = False  # of a local Ray; needs the packages of ray[default]
         start_timeout_s: float = Field(120, gt=0)  # a process that found no room by then ends the run
+        silence_s: float = Field(600, gt=0)  # a process that answers nothing for so long hangs, and is killed
         runtime_env: dict[str, Any] = {}  # handed to Ray as it is
 
     config: Config
@@ -75,7 +76,7 @@ class Ray(Plugin):
             }
         if c.runtime_env:
             options["runtime_env"] = c.runtime_env
-        return RayCluster(Session(options), run_dir, c.start_timeout_s)
+        return RayCluster(Session(options), run_dir, c.start_timeout_s, c.silence_s)
 
     @property
     def cpus(self) -> int:

@@ -26,11 +26,12 @@ class RayCluster:
     has told it what it missed. The n-th process of one name is known to Ray as ``NAME.n``, from the second on.
     """
 
-    def __init__(self, session: Session, run_dir: Path, start_timeout: float) -> None:
-        self._session, self._run_dir, self._start_timeout = session, run_dir, start_timeout
+    def __init__(self, session: Session, run_dir: Path, start_timeout: float, silence: float = 600) -> None:
+        self._session, self._run_dir, self._start_timeout, self._silence = session, run_dir, start_timeout, silence
         self._namespace = f"miles-{run_dir.name}-{uuid.uuid4().hex[:8]}"
         self._started: Counter[str] = Counter()
         self._workers: list[Any] = []
+        self._watches: set[asyncio.Task[None]] = set()
         self._places: dict[str, Place] = {}
 
     async def start(self, process: Process) -> Any:
@@ -58,6 +59,9 @@ class RayCluster:
         self._workers.append(worker)
         if self._session.local:
             self._session.hold(place.pid, born)
+        watch = asyncio.create_task(worker.watch(self._silence))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
         try:
             await worker.build(process.target, process.args)
         except BaseException:
@@ -79,6 +83,8 @@ class RayCluster:
         return values
 
     async def close(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
         if not self._session.owned:
             await asyncio.gather(*(worker.kill() for worker in self._workers))
         self._workers.clear()

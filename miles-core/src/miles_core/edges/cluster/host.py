@@ -65,6 +65,9 @@ class Host:
         gpus = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
         return Place(os.getpid(), ray.get_runtime_context().get_node_id(), gpus, log)
 
+    async def here(self) -> None:
+        """Answers as long as this process runs, whatever its thread is at."""
+
     async def build(self, target: str, *args: Any) -> Failure | None:
         """Import ``module:Class`` and construct it; None when all went well."""
         cls = await self._in_thread(self._import, target)

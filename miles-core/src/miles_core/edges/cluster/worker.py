@@ -23,6 +23,7 @@ from .failure import Failure
 from .host import Place
 
 GONE_S = 5.0  # for a killed process to disappear
+LOOKS = 10  # for an answer, before a process is held to hang: one is lost where this process itself stood still
 TAIL_BYTES, TAIL_LINES = 8192, 8
 
 
@@ -41,6 +42,7 @@ class RayWorker:
     _caller: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     _calls: Iterator[int] = field(default_factory=count, init=False)
     _sending: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _hung: str = field(default="", init=False)  # why it was killed, if it was for that
 
     def __reduce__(self) -> tuple[type[RayWorker], tuple[Any, ...]]:
         return RayWorker, (self.name, self.actor, self.place, self.born)  # a copy is another caller
@@ -79,6 +81,26 @@ class RayWorker:
         except RayError as error:
             self._broken("its constructor", error)
         _opened(result)
+
+    async def watch(self, silence: float) -> None:
+        """Kill the process where it answers nothing for ``silence`` seconds; returns once it is gone.
+
+        One that is stopped, or hangs in a device or a file system, looks alive to Ray, and its calls would never end.
+        """
+        while ray.is_initialized():
+            answer = asyncio.wrap_future(self.actor.here.remote().future())
+            for _ in range(LOOKS):
+                if answer.done():
+                    break
+                await asyncio.wait([answer], timeout=silence / LOOKS)
+            else:
+                self._hung = f"answered nothing for {silence:g} s (ray.silence_s), and was killed"
+                await self.kill()
+            try:
+                await answer
+            except RayError:
+                return  # whoever has a call under way, or makes another, is told
+            await asyncio.sleep(silence / LOOKS)
 
     async def kill(self) -> None:
         """End the process now; returns once it is gone where it runs on this machine. Calls under way fail."""
@@ -126,7 +148,7 @@ class RayWorker:
             how = "cannot be reached" if isinstance(error, ActorUnavailableError) else "died"
             if "ray.kill" in str(error):
                 how = "was killed"
-            what = WorkerDied(f"{self.name} {how} during {method}{self._last_words()}")
+            what = WorkerDied(f"{self.name} {self._hung or how} during {method}{self._last_words()}")
         else:
             what = WorkerDied(f"{self.name} did not finish {method}: {type(error).__name__}{self._last_words()}")
         what.add_note(f"what Ray says of it:\n{error}")

@@ -32,8 +32,8 @@ class JournaledQueue:
 
     A payload is written to the journal once, soon after it was put. Beyond ``memory`` the driver lets go of written
     ones, those that were got already first, then the newest, which are needed last, and reads them back from there.
-    A put waits while ``capacity`` bytes wait to be got, or while ``memory`` is full of what is not written yet. What was
-    got stays on disk beyond ``capacity``: a checkpoint lets go of it, and that comes only if the trainer gets more.
+    A put waits while ``capacity`` bytes wait to be got, or while ``memory`` is full of what is not written yet. What
+    was got stays on disk beyond ``capacity``: a checkpoint lets go of it, and comes only if the trainer gets more.
 
     The process of the journal runs on the driver's machine, and on no other: where Ray has several, ``run_dir`` needs
     to be on the driver's disk only. A run that is to go on elsewhere needs a ``run_dir`` that both machines see.
