@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from miles_core.edges.tracking.metrics import History
 from miles_core.edges.tracking.record import Answer, Failure, Record
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.report import render, write
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -122,9 +123,9 @@ def test_overlap_is_explained(make_run, record):
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(record):
-    path = write(record)
-    before = path.read_bytes()
+    path = write(record, room := Room(print))
+    before, room.patient = path.read_bytes(), False
     (record.run_dir / "report.html.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match="the report cannot be written: No space left on device.*report.html"):
-        write(record)
+        write(record, room)
     assert path.read_bytes() == before

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..room import Room
 from .curve import STYLE, Curve, draw, spark
 from .files import explained, replace
 from .metrics import History
@@ -57,11 +58,11 @@ class Row:
     svg: str
 
 
-def write(record: Record) -> Path:
+def write(record: Record, room: Room) -> Path:
     """Write the report of a run so far into its folder; returns its path. Raises OSError naming the file."""
-    path = record.run_dir / NAME
+    path, text = record.run_dir / NAME, render(record)
     with explained(path, "the report"):
-        replace(path, render(record))
+        room.insist(path, lambda full: replace(path, text))
     return path
 
 
