@@ -1,5 +1,7 @@
 """A checkpoint is whole, or it does not count."""
 
+import errno
+
 import pytest
 from miles_core.edges.lasting import RunState
 from miles_core.edges.store.folder import WHOLE, RunFolder
@@ -33,6 +35,39 @@ def test_old_ones_go_only_after_a_new_one_is_whole(store):
     for step in (1, 2, 3):
         write(store, step)
     assert sorted(p.name for p in (store._dir / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_one_that_met_a_full_disk_does_not_count_until_it_is_written_whole(store):
+    write(store, 1)
+    folder = store.begin(2)
+    (folder / "rank-0").write_text("weights")
+    (folder / "state.pkl").symlink_to("/dev/full")
+    (folder / WHOLE).write_text('{"state.pkl')  # of an attempt that came further
+    state = RunState(step=2)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left") as raised:
+            store.commit(folder, state)
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(folder))
+        assert newest(store)[0][1].step == 1
+    (folder / "state.pkl").unlink()
+    assert store.commit(folder, state).name == "step-000002"
+    assert newest(store) == ((store._dir / "checkpoints" / "step-000002", state), [])
+
+
+def test_one_whose_name_alone_was_not_durable_is_whole_when_it_is_asked_again(store, monkeypatch):
+    folder, synced = store.begin(1), []
+
+    def full(path):
+        synced.append(path)
+        if path == folder.parent:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("miles_core.edges.store.folder.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.commit(folder, RunState(step=1))
+    monkeypatch.undo()
+    store.commit(folder, RunState(step=1))
+    assert synced[-1] == folder.parent and newest(store)[0][1].step == 1
 
 
 def cut(folder):

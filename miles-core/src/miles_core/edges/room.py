@@ -129,13 +129,21 @@ class Tail:
         self._room.insist(self.path, rest)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError say where it was: one of a write has no name of its own."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
+
+
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk itself. Raises OSError naming the path."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import zlib
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ..identity import run_id
 from ..lasting import Ledger, RunState
+from ..room import naming, sync
 from .ledger import Ledger as Log
 
 WHOLE = "whole.json"  # size and crc32 of every other file; written last
@@ -43,18 +43,25 @@ class RunFolder:
         return folder
 
     def commit(self, folder: Path, state: RunState) -> Path:
+        final = folder.parent / f"step-{state.step:06d}"
+        with naming(folder):
+            if folder.exists():  # else it was asked before, and only its name was not durable yet
+                self._complete(folder, state)
+                shutil.rmtree(final, ignore_errors=True)
+                folder.rename(final)
+            sync(final.parent)
+        for old in self._folders()[self._keep :]:
+            shutil.rmtree(old)
+        return final
+
+    def _complete(self, folder: Path, state: RunState) -> None:
+        """Add the state, and what tells that all is there; all of it to the disk itself."""
+        (folder / WHOLE).unlink(missing_ok=True)  # of an attempt on a full disk
         (folder / "state.pkl").write_bytes(pickle.dumps(state))
         sums = {str(path.relative_to(folder)): _sum(path) for path in _files(folder)}
         (folder / WHOLE).write_text(json.dumps(sums, indent=1))
         for path in (*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder):
-            _sync(path)
-        final = folder.parent / f"step-{state.step:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
-        _sync(final.parent)
-        for old in self._folders()[self._keep :]:
-            shutil.rmtree(old)
-        return final
+            sync(path)
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
         for folder in self._folders():
@@ -100,11 +107,3 @@ def _sum(path: Path) -> list[int]:
             crc, size = zlib.crc32(block, crc), size + len(block)
     return [size, crc]
 
-
-def _sync(path: Path) -> None:
-    """To the disk itself: a renamed folder with unwritten files would be a torn checkpoint after a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
