@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 MILES = str(Path(sys.executable).with_name("miles"))
 STEPS = 8
@@ -71,10 +71,14 @@ class Run:
             time.sleep(0.02)
 
     def end(self) -> int:
-        try:
-            return self.process.wait(PATIENCE)
-        finally:
-            self.process.kill()
+        return self.process.wait(PATIENCE)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def fill(folder: Path, leave: int) -> Path:
@@ -107,16 +111,16 @@ def whole(runs: Any, steps: int) -> None:
 def test_a_run_pauses_while_its_disk_is_full_and_nothing_is_lost(
     runs: Any, small: Path, every: int, leave: int, what: str
 ) -> None:
-    run = Run(runs, f"steps={STEPS}", f"checkpoint.every={every}")
-    run.until(lambda: run.steps() > 2)
-    filler = fill(small, leave << 20)
-    run.until(lambda: WAITS in run.text and what in run.text)
-    time.sleep(5)  # until nothing more can be done without the disk
-    before = run.steps()
-    time.sleep(5)
-    assert run.steps() == before <= STEPS + (leave > 1) and run.process.poll() is None, run.text
-    filler.unlink()
-    assert run.end() == 0, run.text
+    with Run(runs, f"steps={STEPS}", f"checkpoint.every={every}") as run:
+        run.until(lambda: run.steps() > 2)
+        filler = fill(small, leave << 20)
+        run.until(lambda: WAITS in run.text and what in run.text)
+        time.sleep(5)  # until nothing more can be done without the disk
+        before = run.steps()
+        time.sleep(5)
+        assert run.steps() == before <= STEPS + (leave > 1) and run.process.poll() is None, run.text
+        filler.unlink()
+        assert run.end() == 0, run.text
     assert GOES_ON in run.text and not re.search("Traceback|Error", run.text)
     whole(runs, STEPS)
     saved = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
@@ -127,19 +131,18 @@ def test_a_run_pauses_while_its_disk_is_full_and_nothing_is_lost(
     whole(runs, STEPS + 2)
 
 
-@pytest.mark.parametrize("leave", [0, 1])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("leave, sent", [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_run_that_waits_for_room_can_be_ended_and_goes_on_later(
     runs: Any, small: Path, leave: int, sent: signal.Signals
 ) -> None:
-    run = Run(runs, f"steps={STEPS}")
-    run.until(lambda: run.steps() > 3)
-    filler = fill(small, leave << 20)
-    run.until(lambda: WAITS in run.text)
-    time.sleep(2)
-    run.process.send_signal(sent)
-    began = time.monotonic()
-    assert run.end() != 0 and time.monotonic() - began < 40, run.text
+    with Run(runs, f"steps={STEPS}") as run:
+        run.until(lambda: run.steps() > 3)
+        filler = fill(small, leave << 20)
+        run.until(lambda: WAITS in run.text)
+        time.sleep(2)
+        run.process.send_signal(sent)
+        began = time.monotonic()
+        assert run.end() != 0 and time.monotonic() - began < 40, run.text
     filler.unlink()
     again = runs.run("small/run", "--resume", "--set", "mode=async", "--set", f"steps={STEPS}")
     assert "going on after step" in again.stdout

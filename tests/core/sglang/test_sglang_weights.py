@@ -54,6 +54,24 @@ def test_an_update_is_one_flush_one_version_and_nothing_in_between(dialect: str)
     asyncio.run(go())
 
 
+def test_an_update_tells_in_what_share_of_the_time_before_it_requests_were_running(dialect: str) -> None:
+    """The server is looked at once a second: two of these four seconds, give or take what lies between two looks."""
+
+    async def go() -> None:
+        async with engines(dialect, "--step-s", "0.02") as [worker]:
+            await push(worker, 1)
+            await SGLangClient([worker], 10).generate(group(0, 1, tokens=100))
+            await asyncio.sleep(2)
+            await worker.engine.begin_update()
+            await worker.engine.load(weights(a=2, b=2))
+            assert 0.2 < await worker.engine.end_update(2) < 0.8
+            await worker.engine.begin_update()
+            await worker.engine.load(weights(a=3, b=3))
+            assert await worker.engine.end_update(3) == 0.0
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("mode", ["decoding", "not started"])
 def test_requests_in_flight_go_on_with_the_new_weights(dialect: str, mode: str) -> None:
     """The tokens of the old version are kept, none is written twice, and none by what the old weights computed."""

@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miles_core.edges.tracking.curve import HEIGHT, HUGE, POINTS, WIDTH, Curve, condense, draw, main, spark, ticks
 from miles_core.edges.room import Room
+from miles_core.edges.tracking.curve import HEIGHT, HUGE, POINTS, WIDTH, Curve, condense, draw, main, spark, ticks
 from miles_core.edges.tracking.metrics import History, MetricsFile
 
 SVG = "{http://www.w3.org/2000/svg}"

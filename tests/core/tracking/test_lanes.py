@@ -3,8 +3,8 @@
 import xml.etree.ElementTree as xml
 
 import pytest
-from miles_core.edges.tracking.lanes import COLOURS, LEFT, RIGHT, WIDTH, Span, draw, main, read
 from miles_core.edges.room import Room
+from miles_core.edges.tracking.lanes import COLOURS, LEFT, RIGHT, WIDTH, Span, draw, main, read
 from miles_core.edges.tracking.trace import Trace
 
 SVG = "{http://www.w3.org/2000/svg}"

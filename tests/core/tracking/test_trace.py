@@ -9,8 +9,8 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miles_core.edges.tracking.metrics import History
 from miles_core.edges.room import Room
+from miles_core.edges.tracking.metrics import History
 from miles_core.edges.tracking.trace import Trace
 from miles_core.edges.tracking.usage import RECENT, Usage, advice
 

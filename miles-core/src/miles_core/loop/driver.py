@@ -201,13 +201,12 @@ class Loop:
         return metrics | {"time/eval": time.perf_counter() - began}
 
     async def save(self, metrics: dict[str, float]) -> Path:
-        """Have a checkpoint written, which does not count before ``commit``; ranks only stop to copy what is in it."""
+        """Have a checkpoint written, not to count before ``commit``; ranks copy what is in it before they train on."""
         began = time.perf_counter()
         await self.saved()
         folder = await insist(self.hooks.progress, asyncio.to_thread, self.store.begin, self.state.step)
         await insist(self.hooks.progress, everyone, self.fleet.trainers, "save", str(folder))
-        written = insist(self.hooks.progress, everyone, self.fleet.trainers, "saved")
-        self.written = asyncio.ensure_future(written)  # before they are asked to train
+        self.written = asyncio.ensure_future(insist(self.hooks.progress, everyone, self.fleet.trainers, "saved"))
         self.rollouts.save(self.state)
         self.state.plugins = self.hooks.state()
         metrics["time/checkpoint"] = time.perf_counter() - began

@@ -14,6 +14,7 @@ from .calls import Silent, Unreachable
 from .launch import Live, launch
 from .process import own_address
 from .turns import Turns
+from .use import Use, requests
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
 AGAIN_S = 2.0  # between two of them
@@ -62,10 +63,9 @@ class SGLangEngine:
         self._version = self._restarts = 0
         self._loads = 0  # calls that may have changed weights, in this update
         self._busy = 0  # calls under way that may take long
-        self._refusal = ""  # why no request may be served
-        self._paused = False
+        self._refusal, self._paused = "", False  # why no request may be served; whether it was told to write nothing
         self._session: Live | None = None  # the server that is being updated
-        self._turns = Turns(turns, may_stay)
+        self._turns, self._use = Turns(turns, may_stay), Use()
         self._beginning, self._loading = asyncio.Lock(), asyncio.Lock()  # an update, a bucket: each in its turn
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
@@ -131,11 +131,9 @@ class SGLangEngine:
             return state
         try:
             live = self._starting.result()
-            loads = (await live.call.get("/v1/loads"))["loads"]
+            return state | await requests(live.call) | {"release": live.release, "refuses": self._refusal}
         except EngineError as error:
             return state | {"refuses": str(error)}
-        counts = {kind: sum(load[f"num_{kind}_reqs"] for load in loads) for kind in ("running", "waiting")}
-        return state | counts | {"release": live.release, "refuses": self._refusal}
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -156,6 +154,7 @@ class SGLangEngine:
             if self._session is live:
                 return False
             self._loads = 0
+            self._use.halt()
             if not live.sessions:
                 await self._unpin(live)
                 await self._long(live, "/pause_generation", {"mode": "abort"})
@@ -194,8 +193,8 @@ class SGLangEngine:
         if live.sessions:
             await live.call.post("/begin_weight_update", {"selector": "all"})
 
-    async def end_update(self, version: int) -> None:
-        """Forget what the old weights computed, and serve the new ones as ``version``.
+    async def end_update(self, version: int) -> float:
+        """Forget what the old weights computed, and serve the new ones as ``version``; returns ``Use.share``.
 
         Version 0 is the model on disk, so it must leave every tensor as it was when the server started. Raises
         TransportError when it does not, naming the tensors, when nothing arrived, or when the server refuses;
@@ -221,6 +220,7 @@ class SGLangEngine:
             raise TransportError(f"the SGLang server did not end the update: {error}") from error
         self._aborted = {id: at for id, at in self._aborted.items() if at == self._version}
         self._version, self._session, self._refusal, self._loads = version, None, "", 0
+        return self._use.share()
 
     async def abort_update(self) -> None:
         """Give up an update. A server whose weights were partly overwritten is replaced; returns at once."""
@@ -385,7 +385,10 @@ class SGLangEngine:
                 await asyncio.wait_for(live.process.ended.wait(), LOOK_S)
             if not live.process.alive:
                 return f"its server died{live.process.last_words()}"
-            if self._session or self._busy or monotonic() - asked < min(PULSE_S, self._hang):
+            if self._session or self._busy:
+                continue
+            await self._use.look(live.call)
+            if monotonic() - asked < min(PULSE_S, self._hang):
                 continue
             try:
                 await live.call.get("/server_info", timeout=self._hang)

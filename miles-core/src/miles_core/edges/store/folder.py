@@ -18,8 +18,9 @@ WHOLE = "whole.json"  # size and crc32 of every other file; written last
 
 
 class RunFolder:
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self._dir, self._keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
+        """The newest ``keep`` checkpoints stay, and each whose step is a multiple of ``keep_every``, if that is not 0."""
+        self._dir, self._keep, self._keep_every = run_dir, keep, keep_every
 
     def claim(self, resume: bool) -> Path | None:
         aside = None
@@ -51,7 +52,8 @@ class RunFolder:
                 folder.rename(final)
             sync(final.parent)
         for old in self._folders()[self._keep :]:
-            shutil.rmtree(old)
+            if not self._keep_every or _step(old) % self._keep_every:
+                shutil.rmtree(old)
         return final
 
     def _complete(self, folder: Path, state: RunState) -> None:
@@ -76,7 +78,11 @@ class RunFolder:
     def _folders(self) -> list[Path]:
         """Newest first."""
         found = [path for path in (self._dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: -int(path.name[5:]))
+        return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _fault(folder: Path) -> str | None:
@@ -106,4 +112,3 @@ def _sum(path: Path) -> list[int]:
         while block := file.read(1 << 20):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return [size, crc]
-
