@@ -97,11 +97,10 @@ class Fleet:
         try:
             answers = await everyone(self.ranks, "push", verify)
             sent()
-            shares = await everyone(self.engines, "end_update", version)
+            return moved(answers, await everyone(self.engines, "end_update", version))
         except BaseException:
             await asyncio.gather(*(e.call("abort_update", timeout=5) for e in self.engines), return_exceptions=True)
             raise
-        return moved(answers, shares)
 
     async def replace_rollout(self, i: int) -> None:
         """Another rollout worker in the place of one that is gone."""
