@@ -19,7 +19,7 @@ WHOLE = "whole.json"  # size and crc32 of every other file; written last
 
 class RunFolder:
     def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
-        """The newest ``keep`` checkpoints stay, and each whose step is a multiple of ``keep_every``, where that is set."""
+        """The newest ``keep`` checkpoints stay, and each whose step is a multiple of ``keep_every``, if that is set."""
         self._dir, self._keep, self._keep_every = run_dir, keep, keep_every
 
     def claim(self, resume: bool) -> Path | None:
