@@ -19,7 +19,7 @@ async def requests(call: Caller, timeout: float = QUICK_S) -> dict[str, int]:
 
 
 class Use:
-    """What was found at a look counts for the time since the one before; a server without an answer is as it was."""
+    """What is found at a look counts for the time since the one before; one without an answer is none."""
 
     def __init__(self) -> None:
         self._watch, self._running = Watch(monotonic()), 0
@@ -27,7 +27,7 @@ class Use:
     async def look(self, call: Caller) -> None:
         with suppress(EngineError):
             self._running = (await requests(call, PATIENCE_S))["running"]
-        self._watch.look(monotonic(), self._running)
+            self._watch.look(monotonic(), self._running)
 
     def halt(self) -> None:
         """From now on it writes no token, since its weights are moved, until ``share`` is asked."""
