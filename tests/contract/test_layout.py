@@ -90,7 +90,11 @@ def heavy_after(statement: str) -> set[str]:
 
 
 PROTOCOLS = "miles_core.edges.protocols", "miles_core.edges.lasting"
-SHARED = "miles_core.edges.sharing", "miles_core.edges.identity"  # what two edges must know of one GPU, or one folder
+SHARED = (  # what two edges must know of one GPU, of one folder, and of a disk that is full
+    "miles_core.edges.sharing",
+    "miles_core.edges.identity",
+    "miles_core.edges.room",
+)
 
 
 def test_the_check_itself_notices_a_heavy_library() -> None:

@@ -84,6 +84,7 @@ class EvalTable(Table):
 class CheckpointTable(Table):
     every: int = Field(0, ge=0)  # steps; 0 keeps only the last step's
     keep: int = Field(2, gt=0)  # newest ones
+    keep_every: int = Field(0, ge=0)  # and for good each whose step is a multiple; 0 for none
 
 
 class PlacementTable(Table):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from ledger_cases import live_through, open_ledger, view
-from miles_core.edges.store.ledger import disk
+from miles_core.edges import room
 from miles_core.edges.store.ledger.audit import audit
 
 
@@ -31,7 +31,7 @@ def small(tmp_path):
 
 
 def test_a_disk_that_is_really_full(small, monkeypatch):
-    monkeypatch.setattr(disk, "PAUSE", 0.02)
+    monkeypatch.setattr(room, "PAUSE", 0.02)
     said = []
     ledger = open_ledger(small, said)
     filler = small / "filler"
@@ -72,7 +72,7 @@ def fill(path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_write_that_stops_half_way_goes_on_where_it_stopped(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(disk, "PAUSE", 0.0)
+    monkeypatch.setattr(room, "PAUSE", 0.0)
     pwrite, calls = os.pwrite, []
 
     def scarce(handle, data, at):
@@ -93,7 +93,7 @@ def test_a_write_that_stops_half_way_goes_on_where_it_stopped(tmp_path, monkeypa
 
 
 def test_a_sync_that_fails_writes_again_what_the_kernel_forgot(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "PAUSE", 0.0)
+    monkeypatch.setattr(room, "PAUSE", 0.0)
     said = []
     ledger = open_ledger(tmp_path, said)
     ledger.lease([1], "a")
@@ -161,9 +161,10 @@ def test_an_interrupt_while_it_waits_leaves_no_half_record(tmp_path, monkeypatch
 WAITS = """
 import asyncio, errno, os, signal, sys
 from pathlib import Path
-from miles_core.edges.store.ledger import Ledger, disk
+from miles_core.edges import room
+from miles_core.edges.store.ledger import Ledger
 
-disk.PAUSE = 0.02
+room.PAUSE = 0.02
 
 async def run():
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)

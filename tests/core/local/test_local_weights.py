@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +42,32 @@ async def update(engine: LocalEngine, tensors: dict[str, torch.Tensor], version:
     await engine.begin_update()
     with bucket_of(tensors, verify=True) as bucket:
         checksums = await engine.load(bucket)
-    await engine.end_update(version)
+    assert 0 <= await engine.end_update(version) <= 1
     return checksums
+
+
+def test_an_update_tells_in_what_share_of_the_time_before_it_tokens_were_written(pair: tuple[Any, Any]) -> None:
+    engine, tensors = engine_of(pair[0]), pair[1].parameters()
+
+    async def share(idle: float, version: int) -> tuple[float, float]:
+        """What the engine says of a second of work at the least and ``idle`` seconds, and what is true."""
+        began = time.monotonic()
+        while (busy := time.monotonic() - began) < 1.0:
+            await engine.generate(REQUESTS)
+        await asyncio.sleep(idle)
+        await engine.begin_update()
+        with bucket_of(tensors) as bucket:
+            await engine.load(bucket)
+        told = await engine.end_update(version)
+        return told, busy / (time.monotonic() - began)
+
+    async def go() -> None:
+        await update(engine, tensors, 1)
+        for version, idle in ((2, 0.0), (3, 1.0), (4, 3.0)):
+            told, true = await share(idle, version)
+            assert told == pytest.approx(true, abs=0.1)
+
+    asyncio.run(go())
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama-biased"])

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miles_core.pacing import Admission, times
+from miles_core.pacing import Admission, moved, times
 
 sizes = st.integers(1, 5)
 
@@ -112,3 +112,8 @@ def test_the_parts_of_a_step_add_up_to_its_wall_time():
     assert parts + spent["time/other"] == pytest.approx(6.0)
     overlapped = times(metrics, waited=2.0, wall=6.0, ahead=1.0, turns=False)
     assert 3.0 + 0.5 + 2.0 + overlapped["time/other"] - 1.0 == pytest.approx(6.0)
+
+
+def test_engines_say_how_busy_they_were_and_those_that_do_not_count_for_nothing():
+    assert moved([{"bytes": 3.0}, {}], [0.25, None, 0.75]) == {"sync/bytes": 3.0, "utilization/engines": 0.5}
+    assert moved([{}], [None]) == moved([], []) == {"sync/bytes": 0.0}

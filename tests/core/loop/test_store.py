@@ -1,7 +1,11 @@
 """A checkpoint is whole, or it does not count."""
 
+import errno
+
 import pytest
+from miles_core.config import RunConfig
 from miles_core.edges.lasting import RunState
+from miles_core.edges.store import Folder
 from miles_core.edges.store.folder import WHOLE, RunFolder
 
 
@@ -33,6 +37,66 @@ def test_old_ones_go_only_after_a_new_one_is_whole(store):
     for step in (1, 2, 3):
         write(store, step)
     assert sorted(p.name for p in (store._dir / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    store = RunFolder(tmp_path / "run", keep=2, keep_every=4)
+    for step in range(2, 15, 2):
+        write(store, step)
+    kept = sorted(path.name for path in (store._dir / "checkpoints").iterdir())
+    assert kept == [f"step-{step:06d}" for step in (4, 8, 12, 14)]
+
+
+@pytest.mark.parametrize(
+    "every, kept, said",
+    [
+        (0, 4, "4, but none is written before the last step; set checkpoint.every"),
+        (3, 4, "no multiple of checkpoint.every = 3: most of the steps to keep are never written; make it 3"),
+        (10, 4, "make it 10"),
+        (2, 4, None),
+        (3, 0, None),
+        (0, 0, None),
+    ],
+)
+def test_steps_to_keep_that_are_never_written_are_refused(every, kept, said):
+    keys = {"algorithm": "x", "model": {"path": "m"}, "checkpoint": {"every": every, "keep_every": kept}}
+    told = []
+    plugin = Folder(Folder.Config(), RunConfig.model_validate(keys))
+    plugin.miles_check(complain=lambda key, message: told.append((key, message)), tables={}, roles={})
+    assert not told if said is None else told[0][0] == "checkpoint.keep_every" and said in told[0][1]
+
+
+def test_one_that_met_a_full_disk_does_not_count_until_it_is_written_whole(store):
+    write(store, 1)
+    folder = store.begin(2)
+    (folder / "rank-0").write_text("weights")
+    (folder / "state.pkl").symlink_to("/dev/full")
+    (folder / WHOLE).write_text('{"state.pkl')  # of an attempt that came further
+    state = RunState(step=2)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left") as raised:
+            store.commit(folder, state)
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(folder))
+        assert newest(store)[0][1].step == 1
+    (folder / "state.pkl").unlink()
+    assert store.commit(folder, state).name == "step-000002"
+    assert newest(store) == ((store._dir / "checkpoints" / "step-000002", state), [])
+
+
+def test_one_whose_name_alone_was_not_durable_is_whole_when_it_is_asked_again(store, monkeypatch):
+    folder, synced = store.begin(1), []
+
+    def full(path):
+        synced.append(path)
+        if path == folder.parent:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("miles_core.edges.store.folder.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.commit(folder, RunState(step=1))
+    monkeypatch.undo()
+    store.commit(folder, RunState(step=1))
+    assert synced[-1] == folder.parent and newest(store)[0][1].step == 1
 
 
 def cut(folder):

@@ -1,5 +1,6 @@
 """One of the two processes of ``test_checkpoints.py``: checkpoints whose writing goes wrong."""
 
+import errno
 import gc
 import json
 import resource
@@ -89,7 +90,8 @@ def resume(folder: Path) -> None:
 
 
 def full(folder: Path) -> None:
-    """A disk without room for the file of rank 1, for the list of all parts, and then with room again."""
+    """A disk without room for the file of rank 1, then for the list of all parts; asked again, what is lacking is
+    written, of the moment of the save."""
     model, step = trained(folder, 1)
     for name in ("__1_0.distcp", ".metadata.tmp"):
         if dist.get_rank() == 0:
@@ -98,13 +100,23 @@ def full(folder: Path) -> None:
             (folder / "full" / name).symlink_to("/dev/full")
         dist.barrier()
         write = model.save(folder / "full")
+        saved = gathered(model.export())
         step()
-        with pytest.raises(OSError, match=f"could not be written: {folder}/full/{name[:9]}.*No space left on device"):
-            write()
+        for _ in range(2):
+            with pytest.raises(OSError, match=f"could not be written: {folder}/full/{name[:9]}.*No space left") as told:
+                write()
+            assert told.value.errno == errno.ENOSPC
         gc.collect()
+        first = folder / "full" / "__0_0.distcp"
+        before = first.stat().st_mtime_ns
         dist.barrier()
         if dist.get_rank() == 0:
             (folder / "full" / name).unlink()
+        dist.barrier()
+        write()
+        assert first.stat().st_mtime_ns == before  # what is whole is not written once more
+        model.load(folder / "full")
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in gathered(model.export()).items())
         dist.barrier()
     model.save(folder / "room")()
     model.load(folder / "room")

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.curve import HEIGHT, HUGE, POINTS, WIDTH, Curve, condense, draw, main, spark, ticks
 from miles_core.edges.tracking.metrics import History, MetricsFile
 
@@ -76,7 +77,7 @@ def test_what_is_drawn_is_told_in_words_and_escaped():
 
 
 def test_one_file_is_drawn_from_a_run_folder(tmp_path):
-    file = MetricsFile(tmp_path, 0, print)
+    file = MetricsFile(tmp_path, 0, Room(print))
     for step in range(1, 5):
         file.append(step, {"reward/mean": step / 4, "eval/accuracy": 0.5})
     out = tmp_path / "curve.svg"
@@ -96,7 +97,7 @@ def test_one_file_is_drawn_from_a_run_folder(tmp_path):
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, arguments, complaint):
-    MetricsFile(tmp_path, 0, print).append(1, {"reward/mean": 0.5})
+    MetricsFile(tmp_path, 0, Room(print)).append(1, {"reward/mean": 0.5})
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path), "--out", str(tmp_path / "x.svg"), *(a.format(run=tmp_path) for a in arguments)])
     assert caught.value.code == 2

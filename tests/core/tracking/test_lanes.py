@@ -3,6 +3,7 @@
 import xml.etree.ElementTree as xml
 
 import pytest
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.lanes import COLOURS, LEFT, RIGHT, WIDTH, Span, draw, main, read
 from miles_core.edges.tracking.trace import Trace
 
@@ -11,7 +12,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture
 def run(tmp_path):
-    trace = Trace(tmp_path, resumed=False)
+    trace = Trace(tmp_path, resumed=False, room=Room(print))
     trace.add("engine-0", "serve", 100.0, 104.0)
     trace.add("trainer-0", "train", 101.0, 103.0)
     trace.add("rollout-0", "sample", 100.0, 103.0)

@@ -1,5 +1,6 @@
 """metrics.jsonl holds every step once, whole, whatever happened to the process that wrote it."""
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miles_core.edges import room
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.metrics import NAME, MetricsFile, read
 
 
@@ -19,7 +22,7 @@ def lines(run_dir):
 
 def reopen(run_dir, step):
     said = []
-    file = MetricsFile(run_dir, step, said.append)
+    file = MetricsFile(run_dir, step, Room(said.append))
     return file, said
 
 
@@ -110,12 +113,33 @@ def test_any_crash_leaves_whole_lines_once_each(tmp_path_factory, cut, resume, c
     assert os.listdir(run_dir) == [NAME]
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
-    file, _ = reopen(tmp_path, 0)
+def test_on_a_full_disk_a_line_waits_and_is_there_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "PAUSE", 0.0)
+    file, said = reopen(tmp_path, 0)
+    file.append(1, {"loss": 0.5})
+    pwrite, calls = os.pwrite, []
+
+    def scarce(handle, data, at):
+        calls.append(at)
+        if len(calls) % 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(handle, data[:7], at)
+
+    monkeypatch.setattr(os, "pwrite", scarce)
+    file.append(2, {"loss": 0.25})
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2] and len(calls) > 10
+    assert said[0] == f"{tmp_path / NAME}: No space left on device; the run waits until there is room"
+    assert said[1].endswith("the run goes on")
+
+
+def test_a_run_that_failed_does_not_wait_and_the_error_names_the_file(tmp_path):
+    file, said = reopen(tmp_path, 0)
+    file._file._room.patient = False
     with open("/dev/full", "ab", buffering=0) as full:
-        os.dup2(full.fileno(), file._file.fileno())
+        os.dup2(full.fileno(), file._file._fd)
     with pytest.raises(OSError, match="No space left on device; make room.*metrics.jsonl"):
         file.append(1, {"loss": 0.0})
+    assert not said
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.metrics import History
 from miles_core.edges.tracking.record import Answer, Failure, Record
 from miles_core.edges.tracking.report import render, write
@@ -116,15 +117,24 @@ def test_without_those_files_the_run_itself_is_shown(record):
     assert "batch.group_size" in Page(render(record)).texts["code"]
 
 
+def test_that_engines_had_work_is_told_by_the_steps_lengths(record):
+    assert "have requests running" not in render(record)
+    record.usage.add("engine-0", "serve", 0.0, 4.0)
+    for step, share, seconds in ((101, 1.0, 1.0), (102, 0.2, 3.0)):
+        record.history.add(step, {"utilization/engines": share, "time/step": seconds})
+    page = Page(render(record))
+    assert {"have requests running", "40.0%"} <= set(page.texts["td"])
+
+
 def test_overlap_is_explained(make_run, record):
     record.run = make_run(mode="overlap")
     assert "Sampling ran beside training" in render(record)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(record):
-    path = write(record)
-    before = path.read_bytes()
+    path = write(record, room := Room(print))
+    before, room.patient = path.read_bytes(), False
     (record.run_dir / "report.html.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match="the report cannot be written: No space left on device.*report.html"):
-        write(record)
+        write(record, room)
     assert path.read_bytes() == before

@@ -9,6 +9,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.metrics import History
 from miles_core.edges.tracking.trace import Trace
 from miles_core.edges.tracking.usage import RECENT, Usage, advice
@@ -24,7 +25,7 @@ def events(path):
 )
 def test_nothing_overlaps_on_a_track_and_nothing_is_left_out(tmp_path_factory, spans, data):
     folder = tmp_path_factory.mktemp("trace")
-    trace = Trace(folder, resumed=False)
+    trace = Trace(folder, resumed=False, room=Room(print))
     spans = [(name, began, began + length) for name, began, length in spans]
     for name, began, ended in sorted(spans, key=lambda span: span[2]):  # told of when it ended
         trace.add(name, "train", began, ended)
@@ -43,7 +44,7 @@ def test_nothing_overlaps_on_a_track_and_nothing_is_left_out(tmp_path_factory, s
 
 
 def test_a_resumed_run_goes_on_with_its_trace_wherever_a_crash_cut_it(tmp_path):
-    trace = Trace(tmp_path, resumed=False)
+    trace = Trace(tmp_path, resumed=False, room=Room(print))
     for at in range(3):
         trace.add("trainer-0", "train", at, at + 0.5)
         trace.flush()
@@ -51,7 +52,7 @@ def test_a_resumed_run_goes_on_with_its_trace_wherever_a_crash_cut_it(tmp_path):
     kept = set()
     for cut in range(len(whole) + 1):
         (tmp_path / "trace.json").write_bytes(whole[:cut])
-        trace = Trace(tmp_path, resumed=True)
+        trace = Trace(tmp_path, resumed=True, room=Room(print))
         trace.add("trainer-0", "save", 9, 10)
         trace.flush()
         found = events(tmp_path / "trace.json")
@@ -63,7 +64,7 @@ def test_a_resumed_run_goes_on_with_its_trace_wherever_a_crash_cut_it(tmp_path):
 
 
 def test_a_trace_that_grows_too_large_begins_anew_and_keeps_the_one_before(tmp_path):
-    trace = Trace(tmp_path, resumed=False, most=2000)
+    trace = Trace(tmp_path, resumed=False, room=Room(print), most=2000)
     for at in range(60):
         trace.add("trainer-0", "train", at, at + 0.5)
         trace.flush()
@@ -76,9 +77,10 @@ def test_a_trace_that_grows_too_large_begins_anew_and_keeps_the_one_before(tmp_p
 FULL = """
 import sys, signal, resource
 from pathlib import Path
+from miles_core.edges.room import Room
 from miles_core.edges.tracking.trace import Trace
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-trace = Trace(Path(sys.argv[1]), resumed=False)
+trace = Trace(Path(sys.argv[1]), resumed=False, room=Room(print))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for at in range(100):
     trace.add("trainer-0", "train", at, at + 0.5)

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from miles_core.contract import check
+from miles_core.edges import room
 from miles_core.edges.tracking import Tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -129,17 +130,23 @@ def test_an_end_before_the_start_writes_nothing(tracking, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_a_full_disk_ends_the_run_once_with_the_file_named(tracking, tmp_path, capsys):
+def test_a_full_disk_is_waited_for_unless_the_run_failed(tracking, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(room, "PAUSE", 0.01)
     tracker = tracking()
     go(tracker, tmp_path, 1, 2)
-    (tmp_path / "report.html.new").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"the report cannot be written: No space left.*report\.html"):
-        tracker.miles_run_end(error=None)
+    full = tmp_path / "report.html.new"
+    full.symlink_to("/dev/full")
+    tracker.miles_run_end(error=None)  # the attempt that failed took the link away, and with it what was full
+    assert "finished" in (tmp_path / "report.html").read_text()
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/report.html: No space left on device; the run waits until there is room\n" in out
+    assert "the run goes on\n" in out
     again = tracking()
     go(again, tmp_path / ".", 3, 3)
-    (tmp_path / "report.html.new").symlink_to("/dev/full")
-    again.miles_run_end(error=RuntimeError("the cause"))  # must not hide the cause behind an error of its own
-    assert "the report cannot be written" in capsys.readouterr().out
+    full.symlink_to("/dev/full")
+    again.miles_run_end(error=RuntimeError("the cause"))  # must not hide the cause, and nobody would wait for it
+    out = capsys.readouterr().out
+    assert "the report cannot be written: No space left on device; make room" in out and "waits" not in out
 
 
 def test_a_missing_run_folder_is_an_error_that_names_it(tracking, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..types import Group
+from .room import FULL, PAUSE, goes_on, waits
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -25,8 +27,38 @@ class RunState:
     seconds: float = 0.0  # of this run, over every process that worked on it
 
 
+class Told(Protocol):
+    def __call__(self, *, text: str) -> object: ...
+
+
+async def insist[**P, T](say: Told, do: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What ``do`` answers. While it raises OSError of a full disk, which ``say`` hears of, it is done again.
+
+    From one attempt to the next it takes as long as the attempt took, a second at least: the event loop turns
+    meanwhile, and whatever else is written gets its share of the disk.
+    """
+    import asyncio  # here, since `miles status` is quicker without
+
+    began, where = 0.0, ""
+    while True:
+        tried = time.monotonic()
+        try:
+            answer = await do(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not where:
+                say(text=waits(error))
+                began, where = tried, str(error.filename)
+            await asyncio.sleep(max(PAUSE, time.monotonic() - tried))
+        else:
+            if where:
+                say(text=goes_on(where, began))
+            return answer
+
+
 class Store(Protocol):
-    """Keeps checkpoints. Raises OSError where it cannot write."""
+    """Keeps checkpoints. Raises OSError where it cannot write; of a full disk, what was asked can be asked again."""
 
     def claim(self, resume: bool) -> Path | None:
         """Make the run folder this run's. A run found there is moved aside, never overwritten; returns where to."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..types import Batch, Layout, Output, Refused
+from .room import naming, sync
 
 if TYPE_CHECKING:
     import asyncio
@@ -117,13 +118,17 @@ class Model(Protocol):
 
         What is returned may run in another thread and raises OSError, on all ranks if on one. It is a collective that
         does not mix with others, and ends before the next ``save`` of this model, whose copies take the same memory.
+        Where a disk was full, as the OSError's number says, it is run again, and writes what is not whole.
         """
         ...
 
     def load(self, folder: Path) -> None: ...
 
     def save_hf(self, folder: Path) -> None:
-        """Write the weights in Hugging Face format, with the configuration and tokenizer they came with."""
+        """Write the weights in Hugging Face format, with the configuration and tokenizer they came with.
+
+        Raises OSError on all ranks if on one; of a full disk, it can be asked again.
+        """
         ...
 
 
@@ -220,30 +225,37 @@ class Behind:
         from concurrent.futures import Future, ThreadPoolExecutor
 
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="behind", initializer=_yield)
+        self._left: list[Callable[[], object]] = []  # of the last list, the one under way included
         self.done: Future[None] = Future()  # the last list, or what its first failure raised
         self.done.set_result(None)
 
     def start(self, tasks: list[Callable[[], object]]) -> None:
         """Do ``tasks`` in their order; returns at once."""
-        self.done = self._thread.submit(_each, tasks)
+        self._left = list(tasks)
+        self.done = self._thread.submit(self._work)
+
+    def go_on(self) -> Future[None]:
+        """``done``; where it has failed the task that failed is done once more, and then the rest."""
+        if self.done.done() and self.done.exception():
+            self.done = self._thread.submit(self._work)
+        return self.done
+
+    def _work(self) -> None:
+        while self._left:
+            self._left[0]()
+            del self._left[0]
 
 
 def writing(path: Path, text: str) -> Callable[[], None]:
-    """A task that writes ``text``. It raises OSError, which names the path whatever failed."""
+    """A task that writes ``text``, to the disk itself. It raises OSError, which names the path whatever failed."""
 
     def write() -> None:
-        try:
+        with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        except OSError as error:
-            raise OSError(f"{path}: {error.strerror}") from error
+            sync(path)
 
     return write
-
-
-def _each(tasks: list[Callable[[], object]]) -> None:
-    for task in tasks:
-        task()
 
 
 def _yield() -> None:
@@ -294,6 +306,7 @@ class Transport(Protocol):
 
     The driver brackets it: every engine is asked ``begin_update()``, every rank sends, then every engine is asked
     ``end_update(version)``, so that no engine serves mixed weights. A failure on the way ends in ``abort_update()``.
+    The answer to ``end_update`` is the share of the time since the last one in which it had requests running.
     In layout "colocate" engines are asked ``sleep()`` before a training: to give it their memory, until weights arrive.
     """
 

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..edges.lasting import RunState, Store
+from ..edges.lasting import RunState, Store, insist
 from ..edges.protocols import WorkerDied, both, everyone
 from ..pacing import WatchedCluster, times
 from ..packing import deal
@@ -141,7 +141,7 @@ class Loop:
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
                 self.saving = asyncio.ensure_future(self.commit(folder, pickle.loads(pickle.dumps(self.state))))
             await self.rollouts.move(step)
-        await everyone(self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
+        await insist(self.hooks.progress, everyone, self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
         await self.saved()
         self.hooks.progress(text=f"the trained model is in {self.run_dir / 'model'}")
 
@@ -197,12 +197,12 @@ class Loop:
         return metrics | {"time/eval": time.perf_counter() - began}
 
     async def save(self, metrics: dict[str, float]) -> Path:
-        """Have a checkpoint written, which does not count before ``commit``; ranks only stop to copy what is in it."""
+        """Have a checkpoint written, not to count before ``commit``; ranks copy what is in it before they train on."""
         began = time.perf_counter()
         await self.saved()
-        folder = self.store.begin(self.state.step)
-        await everyone(self.fleet.trainers, "save", str(folder))
-        self.written = asyncio.ensure_future(everyone(self.fleet.trainers, "saved"))  # before they are asked to train
+        folder = await insist(self.hooks.progress, asyncio.to_thread, self.store.begin, self.state.step)
+        await insist(self.hooks.progress, everyone, self.fleet.trainers, "save", str(folder))
+        self.written = asyncio.ensure_future(insist(self.hooks.progress, everyone, self.fleet.trainers, "saved"))
         self.rollouts.save(self.state)
         self.state.plugins = self.hooks.state()
         metrics["time/checkpoint"] = time.perf_counter() - began
@@ -212,7 +212,8 @@ class Loop:
         """Once it is written, and all that it stands on is durable, a checkpoint counts."""
         await self.written
         await self.rollouts.sync()
-        self.hooks.saved(step=state.step, folder=await asyncio.to_thread(self.store.commit, folder, state))
+        folder = await insist(self.hooks.progress, asyncio.to_thread, self.store.commit, folder, state)
+        self.hooks.saved(step=state.step, folder=folder)
         await self.rollouts.acknowledge(state.step)
 
     async def close(self) -> None:

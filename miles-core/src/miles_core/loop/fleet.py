@@ -10,6 +10,7 @@ from typing import Any
 
 from ..edges.protocols import Cluster, EngineError, Engines, Process, TransportError, Worker, WorkerDied, everyone
 from ..formulas.meter import total
+from ..pacing import moved
 from ..packing import Unit, count, distribute, exchange, pack
 from ..plugins import Manifest, Registry
 from ..types import Column, Group, Layout, Role
@@ -96,11 +97,10 @@ class Fleet:
         try:
             answers = await everyone(self.ranks, "push", verify)
             sent()
-            await everyone(self.engines, "end_update", version)
+            return moved(answers, await everyone(self.engines, "end_update", version))
         except BaseException:
             await asyncio.gather(*(e.call("abort_update", timeout=5) for e in self.engines), return_exceptions=True)
             raise
-        return {"sync/bytes": sum(answer.get("bytes", 0.0) for answer in answers)}
 
     async def replace_rollout(self, i: int) -> None:
         """Another rollout worker in the place of one that is gone."""

@@ -213,8 +213,8 @@ class TrainingRank:
         self._behind.start([*tasks, writing(self._state(folder), json.dumps(self._hooks.state()))])
 
     def saved(self) -> Future[None]:
-        """Whether the last ``save`` is on the disk; the host waits for it beside this thread."""
-        return self._behind.done
+        """Whether the last ``save`` is on the disk; the host waits for it. Where it failed, whether another try is."""
+        return self._behind.go_on()
 
     def load(self, folder: str) -> None:
         for name in self._trained:

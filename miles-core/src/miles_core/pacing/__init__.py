@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .watched import WatchedCluster as WatchedCluster
 
@@ -111,26 +112,41 @@ class Admission:
             "time/sample": sampled,
             "time/reward": done - sampled,
             "utilization/queued": float(len(self.ripe)),
-            "utilization/in_flight": seen.groups_s / seen.seconds if seen.seconds else 0.0,
-            "utilization/rollouts": seen.busy_s / seen.seconds if seen.seconds else 0.0,
+            "utilization/in_flight": seen.flying_s / seen.seconds if seen.seconds else 0.0,
+            "utilization/rollouts": seen.busy,
         }
 
 
 @dataclass(slots=True)
 class Watch:
-    """How many groups were under way, over a stretch of time."""
+    """How much was under way, groups or requests, over a stretch of time."""
 
     at: float  # when it was looked at last
     seconds: float = 0.0
     busy_s: float = 0.0  # of those, with anything under way at all
-    groups_s: float = 0.0  # groups times seconds
+    flying_s: float = 0.0  # as many as there were, times seconds
 
     def look(self, now: float, flying: int) -> None:
-        """``flying`` groups were under way until ``now``."""
+        """``flying`` were under way until ``now``."""
         passed, self.at = now - self.at, now
         self.seconds += passed
         self.busy_s += passed if flying else 0.0
-        self.groups_s += passed * flying
+        self.flying_s += passed * flying
+
+    @property
+    def busy(self) -> float:
+        """The share of the time in which anything was under way."""
+        return self.busy_s / self.seconds if self.seconds else 0.0
+
+
+def moved(ranks: list[dict[str, float]], shares: list[Any]) -> dict[str, float]:
+    """Metrics of moving weights: what ranks said of what they sent, and engines of the time since the last ones came.
+
+    Engines that do not say what share of it they had requests running count for nothing.
+    """
+    told = [share for share in shares if isinstance(share, float)]
+    busy = {"utilization/engines": sum(told) / len(told)} if told else {}
+    return {"sync/bytes": sum(rank.get("bytes", 0.0) for rank in ranks)} | busy
 
 
 def times(metrics: dict[str, float], waited: float, wall: float, ahead: float, turns: bool) -> dict[str, float]:

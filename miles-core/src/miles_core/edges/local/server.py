@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import zlib
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 
+from ...pacing import Watch
 from ..protocols import Bucket, Completion, EngineError, Piece, Request, TransportError
 from . import rows_of
 from .architecture import architecture, read_config
@@ -39,6 +41,7 @@ class LocalEngine:
         self._broken = ""  # why the weights cannot be served
         self._arrived: dict[str, int] = {}  # how often, in this update
         self._turning: asyncio.Task[None] | None = None
+        self._watch = Watch(monotonic())
 
     async def ready(self) -> str:
         """It is, and has nothing to tell of."""
@@ -96,6 +99,7 @@ class LocalEngine:
 
         Ends when nothing is left to do or something holds it; ``generate``, ``resume`` and ``end_update`` start it.
         """
+        self._watch.look(monotonic(), 0)
         while self._batch and not (self._paused or self._updating or self._broken):
             try:
                 self._batch.step(self._version)
@@ -105,6 +109,7 @@ class LocalEngine:
                 failed = EngineError(f"the engine failed in a token step: {type(error).__name__}: {error}")
                 failed.__cause__ = error
                 self._batch.fail(failed)
+            self._watch.look(monotonic(), 1)
             await asyncio.sleep(0)
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -138,8 +143,9 @@ class LocalEngine:
                 checksums[piece.name] = zlib.crc32(back.view(torch.uint8).numpy())
         return checksums
 
-    async def end_update(self, version: int) -> None:
-        """Serve the new weights as ``version``. Raises TransportError unless each tensor arrived exactly once."""
+    async def end_update(self, version: int) -> float:
+        """Serve the new weights as ``version``; returns the share of the time since the last ones in which it wrote
+        tokens. Raises TransportError unless each tensor arrived exactly once."""
         if not self._updating:
             raise TransportError("end_update without begin_update")
         missing = [name for name in self._weights.targets if name not in self._arrived]
@@ -149,7 +155,10 @@ class LocalEngine:
             some += [f"{len(twice)} arrived more than once, such as {twice[0]}"] if twice else []
             raise TransportError(f"of {len(self._weights.targets)} tensors {' and '.join(some)}")
         self._version, self._updating, self._broken = version, False, ""
+        seen, self._watch = self._watch, Watch(monotonic())
+        seen.look(self._watch.at, 0)
         self._wake()
+        return seen.busy
 
     async def abort_update(self) -> None:
         """Give up an update. Weights that were partly overwritten are not served until a whole update arrives."""

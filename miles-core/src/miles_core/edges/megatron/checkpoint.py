@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import queue
 import random
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ..room import FULL, sync
 from .build import Trained
 from .snapshot import Snapshot
 
@@ -66,8 +68,8 @@ class Saver:
         """Copy what is to be written into ``folder``, made if need be; returns what writes it. A collective.
 
         Raises OSError where the folder cannot be made. The function returned is a collective too, on a group of its
-        own, for any thread, and raises OSError on every rank where one cannot write. Only after it may ``save`` be
-        called again, since the copies share their memory.
+        own, for any thread, and raises OSError on every rank where one cannot write. Of a full disk, it can be called
+        again, on all of them. Only when it returned may ``save`` be called again: the copies share their memory.
         """
         _make(folder)
         self._group = self._group or dist.new_group(backend="gloo")
@@ -88,7 +90,7 @@ class Saver:
                 async_sharded_save=True,
                 async_strategy="mcore",
             )
-        return partial(_write, folder, planned, self.snapshot, self._group)
+        return _Writing(folder, planned, self.snapshot, self._group)
 
 
 class _Planned(TorchDistSaveShardedStrategy):
@@ -109,62 +111,99 @@ def _written_here(part: Any) -> bool:
     return isinstance(part, ShardedTensor) and part.data is not None and is_main_replica(part.replica_id)
 
 
-def _write(folder: Path, planned: _Planned, snapshot: Snapshot, group: dist.ProcessGroup) -> None:
-    """Write this rank's file, then on rank 0 what stands where in all of them."""
-    snapshot.wait()
-    mine: list[WriteResult] | str = _file(planned.writer)
-    first, world = dist.get_rank() == 0, dist.get_world_size()
-    everyones: list[Any] | None = [None] * world if first else None
-    dist.gather_object(mine, everyones, group=group)
-    said: list[str | None] = [None]
-    if everyones:
-        failed = [one for one in everyones if isinstance(one, str)]
-        said[0] = failed[0] if failed else _metadata(folder, planned, everyones)
-    dist.broadcast_object_list(said, group=group)
-    if said[0]:
-        raise OSError(f"{folder}: the checkpoint could not be written: {said[0]}")
+@dataclass(slots=True)
+class _Failed:
+    """Why a rank could not write."""
+
+    number: int | None  # of the OSError behind it
+    said: str
+
+    @classmethod
+    def of(cls, error: BaseException, path: Path | str) -> _Failed:
+        """PyTorch's archive raises an error of its own about what a full disk did to it."""
+        cause = next((one for one in _chain(error) if getattr(one, "errno", None) in FULL), error)
+        return cls(getattr(cause, "errno", None), f"{path}: {getattr(cause, 'strerror', None) or cause}")
 
 
-def _file(writer: FileSystemWriterAsync) -> list[WriteResult] | str:
+@dataclass(slots=True)
+class _Writing:
+    """Writes this rank's file, then on rank 0 what stands where in all of them. A collective."""
+
+    folder: Path
+    planned: _Planned
+    snapshot: Snapshot
+    group: dist.ProcessGroup
+    written: list[WriteResult] | None = None  # where each part is in this rank's file, once that is whole
+
+    def __call__(self) -> None:
+        self.snapshot.wait()
+        mine = _file(self.planned.writer) if self.written is None else self.written
+        self.written = None if isinstance(mine, _Failed) else mine
+        first, world = dist.get_rank() == 0, dist.get_world_size()
+        everyones: list[Any] | None = [None] * world if first else None
+        dist.gather_object(mine, everyones, group=self.group)
+        said: list[_Failed | None] = [None]
+        if everyones:
+            failed = [one for one in everyones if isinstance(one, _Failed)]
+            worst = sorted(failed, key=lambda one: one.number in FULL)  # no waiting for room mends any other
+            said[0] = worst[0] if worst else _metadata(self.folder, self.planned, everyones)
+        dist.broadcast_object_list(said, group=self.group)
+        if said[0]:
+            why = f"the checkpoint could not be written: {said[0].said}"
+            raise OSError(said[0].number, why, str(self.folder))
+
+
+def _file(writer: FileSystemWriterAsync) -> list[WriteResult] | _Failed:
     """Where in this rank's file each part of it went, or why it could not be written."""
     written: list[WriteResult] = []
     for number, bucket in enumerate(writer.write_buckets):
         # One file a rank. Megatron's way to write several loses what went wrong.
         _, said = writer.write_preloaded_data([writer.transforms], number, bucket, None, None, use_fsync=True)
         if isinstance(said, Exception):
+            failed = _Failed.of(said, bucket[0])
             _forget(said)
-            return f"{bucket[0]}: {said}"
+            with suppress(OSError):  # half a file is of no use, and others need the room
+                os.truncate(bucket[0], 0)
+            return failed
         written += said
     return written
 
 
-def _forget(error: BaseException | None) -> None:
+def _forget(error: BaseException) -> None:
     """End now what failed. PyTorch's unfinished archive crashes the process when it is left to garbage collection."""
+    for one in _chain(error):
+        traceback.clear_frames(one.__traceback__)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what was being handled when it was raised, and so on."""
     while error:
-        traceback.clear_frames(error.__traceback__)
+        yield error
         error = error.__context__
 
 
-def _metadata(folder: Path, planned: _Planned, written: list[list[WriteResult]]) -> str | None:
+def _metadata(folder: Path, planned: _Planned, written: list[list[WriteResult]]) -> _Failed | None:
     try:
         planned.writer.finish(planned.metadata, written)
         save_config(CheckpointingConfig(planned.backend, planned.version), str(folder))
+        for path in folder.iterdir():
+            sync(path)
     except OSError as error:
-        return f"{error.filename or folder / '.metadata'}: {error.strerror}"
+        return _Failed.of(error, error.filename or folder / ".metadata")
     return None
 
 
 def _make(folder: Path) -> None:
     """Make the folder; one rank's failure is every rank's."""
-    said: list[str | None] = [None] * dist.get_world_size()
+    said: list[OSError | None] = [None] * dist.get_world_size()
     mine = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        mine = f"{folder} cannot be made: {error.strerror}"
+        mine = OSError(error.errno, f"cannot be made: {error.strerror}", str(folder))
     dist.all_gather_object(said, mine)
     if failed := [what for what in said if what]:
-        raise OSError(failed[0])
+        raise failed[0]
 
 
 @torch.no_grad()  # in float32 the optimizer's own parameters are views of leaves, copied into in place

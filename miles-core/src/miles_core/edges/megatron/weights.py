@@ -6,7 +6,7 @@ Torch, safetensors and Megatron are imported where they are used, for ``check_we
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...types import Refused
+from ..room import naming, sync
 from . import hf
 from .names import EMBEDDING, OUTPUT, VALUE, Block, Fusion, Head, Names
 from .stored import INDEX, SINGLE, Stored, check_weights, find_tensors, some
@@ -258,7 +259,8 @@ def save_hf(module: nn.Module, source: Path, folder: Path) -> None:
     """Write the weights to ``folder`` with the configuration and tokenizer of ``source``, whole or not at all.
 
     Every rank calls it. Each pipeline stage writes its own files, so ``folder`` must be one that all machines see. A
-    folder found there is replaced. Raises OSError on every rank when one of them could not write.
+    folder found there is replaced. Raises OSError on every rank when one of them could not write, and can then be
+    called again.
     """
     import torch.distributed as dist
 
@@ -335,15 +337,31 @@ def _flush(tensors: dict[str, Tensor], folder: Path, written: _Written, rank: in
     path = folder / f"model-{rank:05d}-{len(written.files):05d}.safetensors"
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-        _sync(path)
+        sync(path)
     except (OSError, SafetensorError) as error:
-        return OSError(f"{path} cannot be written: {error}")
+        number = getattr(error, "errno", None) or _number(str(error))
+        return OSError(number, f"{path.name} cannot be written: {error}", str(path))
     written.files[path.name] = list(tensors)
     return None
 
 
 def _finish(written: list[_Written], config: dict[str, Any], source: Path, writing: Path, folder: Path) -> None:
     """Add what the weights came with, then put the folder in its place."""
+    with naming(writing):
+        _add(written, config, source, writing)
+        for path in (*writing.iterdir(), writing):
+            sync(path)
+        aside = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            folder.rename(aside)
+        writing.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _add(written: list[_Written], config: dict[str, Any], source: Path, writing: Path) -> None:
+    """The index of the weights, where they are several files, the configuration and the tokenizer."""
     files = {file: tensors for rank in written for file, tensors in rank.files.items()}
     if len(files) == 1:
         (writing / next(iter(files))).rename(writing / SINGLE)
@@ -357,21 +375,9 @@ def _finish(written: list[_Written], config: dict[str, Any], source: Path, writi
     dtype = next(rank.dtype for rank in written if rank.dtype)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # readers load weights as what stands here
     (writing / "config.json").write_text(json.dumps(config | {key: dtype}, indent=2))
-    for path in (*writing.iterdir(), writing):
-        _sync(path)
-    aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        folder.rename(aside)
-    writing.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """To the disk itself, so that a power cut leaves no renamed folder with half of its files."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _number(said: str) -> int | None:
+    """The errno that an error of safetensors' names, if it names one."""
+    found = re.search(r"\(os error (\d+)\)", said)
+    return int(found[1]) if found else None

@@ -16,6 +16,7 @@ from .process import own_address
 from .proof import Proof, checksums
 from .turns import Turns
 from .update import Update
+from .use import Use, requests
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
 AGAIN_S = 2.0  # between two of them
@@ -61,13 +62,11 @@ class SGLangEngine:
         self._command = (*(command or (sys.executable, "-m", "sglang.launch_server")), *words)
         self._host, self._backend, self._vocab = host or own_address(), backend, vocab
         self._start_timeout, self._timeout, self._hang = start_timeout_s, timeout_s, hang_s
-        self._version = self._restarts = 0
-        self._busy = 0  # calls under way that may take long
-        self._refusal = ""  # why no request may be served
-        self._paused = False
+        self._version = self._restarts = self._busy = 0  # busy: calls under way that may take long
+        self._refusal, self._paused = "", False  # why no request may be served; whether it was told to write nothing
         self._update: Update | None = None  # that is under way
         self._beginning = asyncio.Lock()
-        self._turns = Turns(turns, may_stay)
+        self._turns, self._use = Turns(turns, may_stay), Use()
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
@@ -132,11 +131,9 @@ class SGLangEngine:
             return state
         try:
             live = self._starting.result()
-            loads = (await live.call.get("/v1/loads"))["loads"]
+            return state | await requests(live.call) | {"release": live.release, "refuses": self._refusal}
         except EngineError as error:
             return state | {"refuses": str(error)}
-        counts = {kind: sum(load[f"num_{kind}_reqs"] for load in loads) for kind in ("running", "waiting")}
-        return state | counts | {"release": live.release, "refuses": self._refusal}
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -158,6 +155,7 @@ class SGLangEngine:
                 if self._update.live is live:
                     return False
                 self._update.end()  # of the server before this one
+            self._use.halt()
             if not live.sessions:
                 await self._unpin(live)
                 await self._long(live, "/pause_generation", {"mode": "abort"})
@@ -203,8 +201,8 @@ class SGLangEngine:
         if live.sessions:
             await live.call.post("/begin_weight_update", {"selector": "all"})
 
-    async def end_update(self, version: int) -> None:
-        """Serve the new weights as ``version``.
+    async def end_update(self, version: int) -> float:
+        """Serve the new weights as ``version``; returns ``Use.share``.
 
         Version 0 is the model on disk, and must leave every tensor as it was when the server started. Raises
         TransportError when it does not, when a tensor or all did not arrive, or when the server refuses.
@@ -227,6 +225,7 @@ class SGLangEngine:
         self._aborted = {id: at for id, at in self._aborted.items() if at == self._version}
         self._version, self._update, self._refusal = version, None, ""
         update.end()
+        return self._use.share()
 
     async def abort_update(self) -> None:
         """Give up an update. A server whose weights were partly overwritten is replaced; returns at once."""
@@ -291,18 +290,16 @@ class SGLangEngine:
 
     async def restart(self, address: str, why: str) -> None:
         """Replace the server if it still is the one at ``address``: whoever asked it for tokens got no answer."""
-        if self._starting.done() and not self._starting.exception():
-            live = self._starting.result()
-            if live.address == address:
-                self._replace(live, why)
+        live = self._starting.result() if self._starting.done() and not self._starting.exception() else None
+        if live and live.address == address:
+            self._replace(live, why)
 
     async def close(self) -> None:
         """End the server, and wait until it is gone."""
         self._watching.cancel()
         self._starting.cancel()
         with suppress(asyncio.CancelledError, EngineError):
-            live = await self._starting
-            await live.end()
+            await (await self._starting).end()
 
     async def _live(self) -> Live:
         """The server, once it is up. Raises EngineError with the reason when it is not."""
@@ -388,7 +385,10 @@ class SGLangEngine:
                 await asyncio.wait_for(live.process.ended.wait(), LOOK_S)
             if not live.process.alive:
                 return f"its server died{live.process.last_words()}"
-            if self._update or self._busy or monotonic() - asked < min(PULSE_S, self._hang):
+            if self._update or self._busy:
+                continue
+            await self._use.look(live.call)
+            if monotonic() - asked < min(PULSE_S, self._hang):
                 continue
             try:
                 await live.call.get("/server_info", timeout=self._hang)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import zlib
@@ -12,14 +11,16 @@ from pathlib import Path
 
 from ..identity import run_id
 from ..lasting import Ledger, RunState
+from ..room import naming, sync
 from .ledger import Ledger as Log
 
 WHOLE = "whole.json"  # size and crc32 of every other file; written last
 
 
 class RunFolder:
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self._dir, self._keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
+        """The newest ``keep`` checkpoints stay, and each whose step is a multiple of ``keep_every``, if that is set."""
+        self._dir, self._keep, self._keep_every = run_dir, keep, keep_every
 
     def claim(self, resume: bool) -> Path | None:
         aside = None
@@ -43,19 +44,27 @@ class RunFolder:
         return folder
 
     def commit(self, folder: Path, state: RunState) -> Path:
+        final = folder.parent / f"step-{state.step:06d}"
+        with naming(folder):
+            if folder.exists():  # else it was asked before, and only its name was not durable yet
+                self._complete(folder, state)
+                shutil.rmtree(final, ignore_errors=True)
+                folder.rename(final)
+            for path in (final.parent, self._dir):
+                sync(path)
+        for old in self._folders()[self._keep :]:
+            if not self._keep_every or _step(old) % self._keep_every:
+                shutil.rmtree(old)
+        return final
+
+    def _complete(self, folder: Path, state: RunState) -> None:
+        """Add the state, and what tells that all is there; all of it to the disk itself."""
+        (folder / WHOLE).unlink(missing_ok=True)  # of an attempt on a full disk
         (folder / "state.pkl").write_bytes(pickle.dumps(state))
         sums = {str(path.relative_to(folder)): _sum(path) for path in _files(folder)}
         (folder / WHOLE).write_text(json.dumps(sums, indent=1))
         for path in (*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder):
-            _sync(path)
-        final = folder.parent / f"step-{state.step:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
-        for path in (final.parent, self._dir):
-            _sync(path)
-        for old in self._folders()[self._keep :]:
-            shutil.rmtree(old)
-        return final
+            sync(path)
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
         for folder in self._folders():
@@ -70,7 +79,11 @@ class RunFolder:
     def _folders(self) -> list[Path]:
         """Newest first."""
         found = [path for path in (self._dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: -int(path.name[5:]))
+        return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _fault(folder: Path) -> str | None:
@@ -100,12 +113,3 @@ def _sum(path: Path) -> list[int]:
         while block := file.read(1 << 20):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return [size, crc]
-
-
-def _sync(path: Path) -> None:
-    """To the disk itself: a renamed folder with unwritten files would be a torn checkpoint after a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...hookspecs import hookimpl
 from ...plugins import Plugin
+from ..room import Room
 from .console import Mode, Screen, Status, screen, summarize
 from .metrics import MetricsFile
 from .record import Failure, Record, sampled
@@ -36,6 +37,7 @@ class Tracking(Plugin):
         super().__init__(config, run)
         # Plugins are built in every process, but hooks below are called on the driver alone: open nothing before.
         self._opened: Screen | None = None
+        self._room = Room(lambda text: self._screen.say(text, "yellow"))
         self._record: Record | None = None
         self._status: Status | None = None
         self._metrics: MetricsFile | None = None
@@ -60,22 +62,22 @@ class Tracking(Plugin):
     @hookimpl
     def miles_run_start(self, run_dir: Path, step: int) -> None:
         """Raises OSError naming the file where the run folder cannot be written."""
-        self._metrics = MetricsFile(run_dir, step, self._screen.say)
+        self._metrics = MetricsFile(run_dir, step, self._room)
         self._record = Record(self.run, run_dir, self._metrics.history, checkpoint=step or None)
         if self._restored is not None:
             self._record.restore(self._restored)
         if self.config.tensorboard:
             from .events import EventFile
 
-            self._events = EventFile(run_dir / "tensorboard", step)
+            self._events = EventFile(run_dir / "tensorboard", step, self._room)
         if self.config.trace:
-            self._trace = Trace(run_dir, resumed=step > 0)
+            self._trace = Trace(run_dir, resumed=step > 0, room=self._room)
         self._status = Status(step, self.run.steps)
         self._screen.progress(self._status)
 
     @hookimpl
     def miles_step_end(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises OSError naming the file where a disk is full."""
+        """Waits where a disk is full; raises OSError naming the file where it cannot be written."""
         if self._metrics is None or self._record is None or self._status is None:
             return
         self._metrics.append(step, metrics)
@@ -101,6 +103,8 @@ class Tracking(Plugin):
 
     @hookimpl
     def miles_saved(self, step: int, folder: Path) -> None:
+        if self._events is not None:
+            self._events.sync()
         if self._record is not None:
             self._record.checkpoint = step
 
@@ -125,8 +129,10 @@ class Tracking(Plugin):
 
     @hookimpl
     def miles_run_end(self, error: BaseException | None) -> None:
-        """Raises OSError where the report cannot be written, unless the run failed already: that comes first."""
+        """Raises OSError where the report cannot be written, unless the run failed already: that comes first, and
+        nothing waits for room any more."""
         self._screen.close()
+        self._room.patient = error is None
         if self._record is None:  # it ended before every process was up
             return
         self._take_in(self._record)
@@ -162,7 +168,7 @@ class Tracking(Plugin):
 
         assert self._record is not None
         began = time.monotonic()
-        path = write(self._record)
+        path = write(self._record, self._room)
         self._evaluated, self._rested = False, time.monotonic() + (time.monotonic() - began) / REPORTING
         return path
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal, TextIO
 
+from ..room import FULL
 from .record import Record, duration, printable, timing
 
 if TYPE_CHECKING:
@@ -82,13 +83,18 @@ class Plain(Screen):
 
     def __init__(self, stream: TextIO, every: float = EVERY) -> None:
         self._stream, self._every, self._next = stream, every, 0.0
+        self._ends = False
 
     def say(self, text: str, style: str = "") -> None:
         encoding = self._stream.encoding or "utf-8"
         try:
             print(text.encode(encoding, "backslashreplace").decode(encoding), file=self._stream, flush=True)
-        except OSError:  # a closed pipe or a full disk behind it: no reason to stop training
-            _hush(self._stream)
+        except OSError as error:  # a closed pipe or a full disk behind it: no reason to stop training
+            if self._ends or error.errno not in FULL:  # else it waits in the stream until there is room
+                _hush(self._stream)
+
+    def close(self) -> None:
+        self._ends = True
 
     def progress(self, status: Status) -> None:
         now = time.monotonic()

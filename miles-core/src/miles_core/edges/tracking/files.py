@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..room import Tail
+
+LOOSE = 4 << 20  # bytes that may be not on the disk itself; they are held in memory for as long
 HINTS = {
     errno.ENOSPC: "make room, then go on with --resume",
     errno.EDQUOT: "make room, then go on with --resume",
@@ -26,6 +29,13 @@ def explained(path: Path, what: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
         raise OSError(error.errno, f"{what} cannot be written: {reason}{hint}", str(path)) from error
+
+
+def append(file: Tail, data: bytes) -> None:
+    """All of ``data``, on a full disk as soon as there is room; to the disk itself from time to time."""
+    file.append(data)
+    if file.loose > LOOSE:
+        file.sync()
 
 
 def replace(path: Path, text: str) -> None:

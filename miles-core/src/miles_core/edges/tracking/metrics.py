@@ -6,13 +6,13 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import explained
+from ..room import Room, Tail, sync
+from .files import append, explained
 
 NAME = "metrics.jsonl"
 WHAT = "the metrics of the run"
@@ -74,8 +74,8 @@ def read(path: Path) -> History:
 class MetricsFile:
     """metrics.jsonl, open for appending. A line is on its way to the disk when ``append`` returns."""
 
-    def __init__(self, run_dir: Path, step: int, say: Callable[[str], None]) -> None:
-        """Open the file of a run of which ``step`` steps are done; ``say`` hears what had to be dropped.
+    def __init__(self, run_dir: Path, step: int, room: Room) -> None:
+        """Open the file of a run of which ``step`` steps are done; ``room.say`` hears what had to be dropped.
 
         Lines of later steps, which will run again, and half a line left by a crash are cut away first. Raises OSError
         naming the file when the folder cannot be written.
@@ -84,42 +84,37 @@ class MetricsFile:
         self.history = History()
         with explained(self.path, WHAT):
             if self.path.exists():
-                self._cut(step, say)
-            # Unbuffered: after an error nothing is left in a buffer that closing the file would try to write again.
-            self._file = self.path.open("ab", buffering=0)
+                for text in room.insist(self.path, lambda full: self._cut(step)):
+                    room.say(text)
+            self._file = Tail(self.path, room)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the line of one step. Raises OSError naming the file; the file then still ends with a whole line."""
+        """Add the line of one step, on a full disk as soon as there is room.
+
+        Raises OSError naming the file; the file then still ends with a whole line.
+        """
         row = {"step": step, "time_s": metrics.get("time_s"), **metrics}
         row = {name: _plain(value) for name, value in row.items() if value is not None}
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        end = os.fstat(self._file.fileno()).st_size
         with explained(self.path, WHAT):
-            try:
-                while line:  # a disk that fills up takes the first half of a line without complaint
-                    line = line[self._file.write(line) :]
-            except OSError:
-                with suppress(OSError):  # already failing; half a line is dropped when the run is resumed
-                    os.ftruncate(self._file.fileno(), end)
-                raise
+            append(self._file, json.dumps(row, allow_nan=False).encode() + b"\n")
         del row["step"]
         self.history.add(step, row)
 
     def sync(self) -> None:
         """Make every line so far outlive a power cut. Raises OSError naming the file."""
         with explained(self.path, WHAT):
-            os.fsync(self._file.fileno())
-            folder = os.open(self.path.parent, os.O_RDONLY)  # that there is a file of this name
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self._file.sync()
+            sync(self.path.parent)  # that there is a file of this name
 
     def close(self) -> None:
         self._file.close()
 
-    def _cut(self, step: int, say: Callable[[str], None]) -> None:
-        """Keep the lines of steps up to ``step``, each step once; none when starting over, evaluation included."""
+    def _cut(self, step: int) -> list[str]:
+        """Keep the lines of steps up to ``step``, each step once; none when starting over, evaluation included.
+
+        Returns what was dropped and what is missing, in words.
+        """
+        self.history = History()
         torn: list[int] = []
         later = 0
         fresh = self.path.with_name(f"{NAME}.new")
@@ -136,13 +131,16 @@ class MetricsFile:
             new.flush()
             os.fsync(new.fileno())
         os.replace(fresh, self.path)
+        told = []
         if torn:
             lines = ", ".join(map(str, torn[:5])) + (", ..." if len(torn) > 5 else "")
-            say(f"{self.path}: dropped line {lines}, not whole: the process that wrote it was cut short")
+            told.append(f"{self.path}: dropped line {lines}, not whole: the process that wrote it was cut short")
         if later:
-            say(f"{self.path}: dropped {later} lines of steps after {step}, which run again")
+            told.append(f"{self.path}: dropped {later} lines of steps after {step}, which run again")
         if step > self.history.last:
-            say(f"{self.path}: no line for the steps {self.history.last + 1} to {step}: lost with the process before")
+            lost = f"{self.history.last + 1} to {step}"
+            told.append(f"{self.path}: no line for the steps {lost}: lost with the process before")
+        return told
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

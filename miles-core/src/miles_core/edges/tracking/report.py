@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..room import Room
 from .curve import STYLE, Curve, draw, spark
 from .files import explained, replace
 from .metrics import History
@@ -29,8 +30,8 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[float, float] | None], ...] = (
     ("Tokens per second", ("tokens_per_s",), (0.0, 0.0)),
     ("Staleness, in versions of the weights", ("staleness/max", "staleness/mean"), (0.0, 1.0)),
     (
-        "Utilization: the trainer trained, anything was being sampled",
-        ("utilization/trainer", "utilization/rollouts"),
+        "Utilization: the trainer trained, engines had requests running, anything was being sampled",
+        ("utilization/trainer", "utilization/engines", "utilization/rollouts"),
         (0.0, 1.0),
     ),
     ("Gradient norm", ("grad_norm",), None),
@@ -57,11 +58,11 @@ class Row:
     svg: str
 
 
-def write(record: Record) -> Path:
+def write(record: Record, room: Room) -> Path:
     """Write the report of a run so far into its folder; returns its path. Raises OSError naming the file."""
-    path = record.run_dir / NAME
+    path, text = record.run_dir / NAME, render(record)
     with explained(path, "the report"):
-        replace(path, render(record))
+        room.insist(path, lambda full: replace(path, text))
     return path
 
 
@@ -85,7 +86,7 @@ def render(record: Record) -> str:
         figures=list(figures(record)),
         panels=list(panels(record.history)),
         phases=timing(record),
-        usage=list(record.usage.rows()),
+        usage=[*record.usage.rows(), *running(record.history)],
         whole=WHOLE,
         rows=list(table(record.history)),
         config=settings(record.run_dir / "config.json") or list(flat(record.run.model_dump(mode="json"))),
@@ -121,6 +122,18 @@ def _panel(history: History, title: str, names: tuple[str, ...], within: tuple[f
     note = f"Not finite, so not drawn: {gaps:,} values." if gaps else ""
     if curves or gaps:
         yield Panel(title, draw(title, curves, within) if curves else "", note)
+
+
+def running(history: History) -> Iterator[tuple[str, str, str]]:
+    """A row beside those of what processes did: that engines serve does not say that anybody asks them."""
+    shares, lengths = (history.get(name) for name in ("utilization/engines", "time/step"))
+    if shares and lengths:
+        seconds = dict(zip(lengths.steps, lengths.values, strict=True))
+        pairs = [(share, seconds.get(step, 0.0)) for step, share in zip(shares.steps, shares.values, strict=True)]
+        whole = sum(length for _, length in pairs)
+        if whole:
+            mean = sum(share * length for share, length in pairs) / whole
+            yield "all engines", "have requests running", f"{mean:.1%}"
 
 
 def table(history: History) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+from ..room import Room
 from .files import explained
 
 NAME, OLDER = "trace.json", "trace-older.json"
@@ -21,19 +22,19 @@ MOST = 256 << 20  # bytes of a file, after which another one is begun and the on
 class Trace:
     """A file that is whole JSON after each ``flush``, also when the process that wrote it is gone."""
 
-    def __init__(self, run_dir: Path, resumed: bool, most: int = MOST) -> None:
+    def __init__(self, run_dir: Path, resumed: bool, room: Room, most: int = MOST) -> None:
         """Open the trace of a run; what a process before wrote stays, if it is ``resumed``.
 
         Raises OSError naming the file.
         """
-        self.path, self._most = run_dir / NAME, most
+        self.path, self._room, self._most = run_dir / NAME, room, most
         self._lines: list[bytes] = []
         self._tracks: dict[str, list[float]] = {}  # of each process: when what it shows ends
         with explained(self.path, WHAT):
             if not (resumed and self.path.exists()):
-                self._begin()
-            elif not _close(self.path):
-                self._turn()
+                room.insist(self.path, lambda full: _begin(self.path))
+            elif not room.insist(self.path, lambda full: _close(self.path)):
+                room.insist(self.path, lambda full: self._turn())
 
     def add(self, process: str, doing: str, began: float, ended: float) -> None:
         """Show a stretch of time, in seconds since the epoch, on a track of the process that is free by then."""
@@ -55,19 +56,22 @@ class Trace:
             return
         with explained(self.path, WHAT):
             if self.path.stat().st_size >= self._most:
-                self._turn()
+                self._room.insist(self.path, lambda full: self._turn())
                 lines = [self._name(process) for process in self._tracks] + lines
-            with self.path.open("r+b", buffering=0) as file:
-                end = file.seek(-len(END), os.SEEK_END)
-                text = (b"" if end == len(BEGIN) else b",") + b"\n" + b",\n".join(lines) + END
-                try:
-                    while text:
-                        text = text[file.write(text) :]
-                except OSError:
-                    file.truncate(end)  # which makes room for the end
-                    file.seek(end)
-                    file.write(END)
-                    raise
+            self._room.insist(self.path, lambda full: self._append(b",\n".join(lines)))
+
+    def _append(self, text: bytes) -> None:
+        with self.path.open("r+b", buffering=0) as file:
+            end = file.seek(-len(END), os.SEEK_END)
+            text = (b"" if end == len(BEGIN) else b",") + b"\n" + text + END
+            try:
+                while text:
+                    text = text[file.write(text) :]
+            except OSError:
+                file.truncate(end)  # which makes room for the end
+                file.seek(end)
+                file.write(END)
+                raise
 
     def _name(self, process: str) -> bytes:
         return json.dumps(
@@ -77,12 +81,15 @@ class Trace:
     def _place(self, process: str, track: int = 0) -> dict[str, int]:
         return {"pid": list(self._tracks).index(process) + 1, "tid": track + 1}
 
-    def _begin(self) -> None:
-        self.path.write_bytes(BEGIN + END)
-
     def _turn(self) -> None:
+        fresh = self.path.with_name(f"{NAME}.new")
+        _begin(fresh)
         os.replace(self.path, self.path.with_name(OLDER))
-        self._begin()
+        os.replace(fresh, self.path)
+
+
+def _begin(path: Path) -> None:
+    path.write_bytes(BEGIN + END)
 
 
 def _close(path: Path) -> bool:
