@@ -13,9 +13,8 @@ from .config import Config as Keys
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
     from miles_core.types import Batch, Complain, Group, Output, Sample
+    from torch import Tensor
 
 
 WEIGHS = '"both" weighs the terms of a policy gradient, and {} has none; leave it out'

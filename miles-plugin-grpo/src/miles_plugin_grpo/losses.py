@@ -44,11 +44,11 @@ def ratios(gap: Tensor, batch: Batch, loss: str) -> Tensor:
     - ``gspo``: every token carries its sequence's ``s = exp(mean of log r)`` (arXiv:2507.18071, eq. 7). The gradient
       goes through the mean, so with one advantage a sequence it is the paper's eq. 10
     - ``gspo_token``: the same numbers, but a token's gradient is ``s`` times its own, whatever its weight (eqs. 13, 14)
-    - ``sequence``: ``exp(sum of log r)``, the ratio of the whole sequence, of which a mean over sequences is to be taken
+    - ``sequence``: ``exp(sum of log r)``, the ratio of the whole sequence; of it take a mean over sequences
     - else ``r``
 
-    By hand, for two tokens with r = 4 and r = 1: s = 2 on both, and the whole sequence's ratio is 4. The gradient of the
-    first one's s is s / 2 = 1 to each of both tokens' log p, and with ``gspo_token`` 2 and 0.
+    By hand, for two tokens with r = 4 and r = 1: s = 2 on both, and the whole sequence's ratio is 4. The gradient of
+    the first one's s is s / 2 = 1 to each of both tokens' log p, and with ``gspo_token`` 2 and 0.
     """
     if loss == "sequence":
         return batch.per_token(bounded(batch.by_seq(gap)).exp())
