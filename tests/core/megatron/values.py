@@ -176,7 +176,9 @@ def damaged_and_shared(models: Path, out: Path) -> None:
     model, forward, _ = frozen(models / "qwen3", {}, out)
     with closing(sqlite3.connect(file)) as another:
         another.execute("BEGIN EXCLUSIVE")  # a run that shares the folder, and writes
-        with pytest.raises(Refused, match=rf"{file} is locked: another run .* resume when that is done, or name a folder"):
+        with pytest.raises(
+            Refused, match=rf"{file} is locked: another run .* resume when that is done, or name a folder"
+        ):
             model.run(many, forward, None)
         with pytest.raises(Refused, match=f"{file} is locked"):
             frozen(models / "qwen3", {}, out)
@@ -207,7 +209,9 @@ def main(what: str, rank: int, world: int, folder: Path) -> None:
 
     cases = torch.load(folder / "cases.pt")
     if what != "layouts":
-        {"die": write_and_die, "read": read_after_death, "faults": damaged_and_shared}[what](folder / "policies", folder / ("faults" if what == "faults" else "killed"))
+        {"die": write_and_die, "read": read_after_death, "faults": damaged_and_shared}[what](
+            folder / "policies", folder / ("faults" if what == "faults" else "killed")
+        )
         return
     for number, table in enumerate(ONE if world == 1 else TWO):
         for name, case in cases.items():
