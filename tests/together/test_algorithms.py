@@ -148,10 +148,14 @@ def test_a_second_pass_over_a_step_learns_from_a_policy_that_moved(go):
     assert twice["critic/error"] == pytest.approx(once["critic/error"])
 
 
-@pytest.mark.parametrize("old", ["engine", "both"])
-def test_what_the_engine_said_can_stand_in_for_the_policy_or_weigh_it(go, ppo, old):
+@pytest.mark.parametrize(
+    ("old", "keys"),
+    [("engine", ()), ("both", ()), ("both", ('correction.outside="mask"', 'correction.denominator="token"'))],
+    ids=["engine", "both", "kept"],
+)
+def test_what_the_engine_said_can_stand_in_for_the_policy_or_weigh_it(go, ppo, old, keys):
     """Here both say the same, so nothing but rounding may change; over the weights' own metrics."""
-    rows = go("ppo", f"ppo-{old}", *KL, f"batch.old_logprobs={old}", "eval.every=3")
+    rows = go("ppo", f"ppo-{old}{len(keys)}", *KL, f"batch.old_logprobs={old}", "eval.every=3", *keys)
     alike(rows, ppo, tolerance=1e-3, without=("correction/", "critic/clipped"))
     if old == "both":
         assert all(row["correction/weight"] == pytest.approx(1.0, abs=1e-3) for row in rows[1:])
