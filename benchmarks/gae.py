@@ -1,17 +1,22 @@
 """Generalized advantage estimation over a million tokens, beside a Python loop over them.
 
-    python benchmarks/gae.py
+    python benchmarks/gae.py --out benchmarks/results/gae
 
-Both take the tensors that the hook has and give a tensor back, on the same ragged sequences, in turns; the medians of
-their times are compared. The loop runs over lists made of the tensors: over elements of the tensors themselves, which
-``--elements`` of the tokens are enough to tell, it is many times slower still.
+"A Python loop" is what the equations say, written over the tensors that the hook has, from the last token to the first.
+``--elements`` of the tokens are looped over, and the time is told for all of them: it does the same for each.
+
+Beside it stands a loop that knows that: it makes lists of the tensors first, and a tensor of the list that it made. All
+take the tensors and give a tensor back, on the same ragged sequences, in turns; medians of their times are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,12 +45,24 @@ def backwards(values: Any, rewards: Any, mask: Any, seq: Any, gamma: float, lam:
     return found
 
 
+def elements(values: Tensor, rewards: Tensor, mask: Tensor, seq: Tensor, gamma: float, lam: float) -> Tensor:
+    """The same, over the elements of the tensors."""
+    return torch.stack([torch.as_tensor(x) for x in backwards(values, rewards, mask, seq, gamma, lam)])
+
+
+def table(found: dict[str, Any]) -> str:
+    mine = found["median, s"]["vectorized"]
+    rows = [f"| {name} | {1e3 * s:,.1f} | {s / mine:,.1f} |" for name, s in found["median, s"].items()]
+    return "\n".join(["| over the same tokens | ms | times as long |", "|---|---|---|", *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--elements", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     draw, lengths = random.Random(0), []
@@ -55,24 +72,29 @@ def main() -> None:
     seq = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     values, rewards = torch.randn(2, n, generator=torch.Generator().manual_seed(0))
     case = values, rewards, torch.ones(n, dtype=torch.bool), seq, 0.99, 0.95
-    ours, theirs = [], []
-    for _ in range(options.repeats):
-        for function, times in ((gae, ours), (loop, theirs)):
-            began = time.perf_counter()
-            function(*case)
-            times.append(time.perf_counter() - began)
-    furthest = (gae(*case) - loop(*case)).abs().max()
     few = tuple(x[: options.elements] for x in case[:4])
-    began = time.perf_counter()
-    backwards(*few, 0.99, 0.95)
-    each = (time.perf_counter() - began) / options.elements
-    mine, loops = median(ours), median(theirs)
-    print(f"{n:,} tokens in {len(lengths)} sequences, {options.threads} thread, median of {options.repeats}")
-    print(f"  vectorized            {1e3 * mine:9.1f} ms")
-    print(f"  loop over lists       {1e3 * loops:9.1f} ms   {loops / mine:.1f} times as long")
-    slowest = each * n / mine
-    print(f"  loop over elements    {1e3 * each * n:9.1f} ms   {slowest:.0f} times as long, from {options.elements:,}")
-    print(f"  they differ by {furthest:.1e} at most")
+    load, times = os.getloadavg()[0], {name: list[float]() for name in ("vectorized", "elements", "lists")}
+    for _ in range(options.repeats):
+        for name, function, given in (("vectorized", gae, case), ("elements", elements, few), ("lists", loop, case)):
+            began = time.perf_counter()
+            function(*given[:4], 0.99, 0.95)
+            times[name].append(time.perf_counter() - began)
+    whole = {name: median(seconds) for name, seconds in times.items()}
+    whole["elements"] *= n / len(few[0])
+    furthest = float((gae(*case) - loop(*case)).abs().max())
+    names = {"vectorized": "vectorized", "elements": "a loop over elements of tensors", "lists": "a loop over lists"}
+    found = {"tokens": n, "sequences": len(lengths), "median, s": {names[key]: whole[key] for key in names}}
+    found |= {"each, s": times, "differ by": furthest, "load": load, "at": time.strftime("%F")}
+    note = (
+        f"{n:,} tokens in {len(lengths)} sequences, {options.threads} thread, median of {options.repeats}, load "
+        f"{load:.1f}; the loop over elements told from {len(few[0]):,}. They differ by {furthest:.1e} at most."
+    )
+    print(f"{note}\n\n{table(found)}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in vars(options).items() if key != "out"}
+        options.out.with_suffix(".json").write_text(json.dumps({"settings": settings} | found, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(f"# Advantages of a million tokens\n\n{note}\n\n{table(found)}\n")
 
 
 if __name__ == "__main__":

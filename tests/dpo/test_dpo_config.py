@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from dpo_cases import complaints, plugin
+from dpo_cases import complaints, plugin, run
 from miles_core.contract import check
 from miles_core.types import Column, Role
 from miles_plugin_dpo import DPO
@@ -34,12 +34,19 @@ def test_what_can_work_is_not_complained_of(keys):
         ({"margin": 0.5}, "dpo.margin", 'has no effect with loss = "sigmoid"'),
         ({"ipo_length": "sum"}, "dpo.ipo_length", 'has no effect with loss = "sigmoid"'),
         ({"pairs": 1}, "dpo.pairs", "has no effect beside data.responses"),
-        ({"reference": "/nowhere/at/all"}, "dpo.reference", "/nowhere/at/all is not a folder; point it at a model"),
+        ({"sft_mean": "token"}, "dpo.sft_mean", "has no effect with sft = 0"),
     ],
 )
 def test_what_cannot_work_is_said_with_its_key(keys, key, said):
     ((found, message),) = complaints(plugin(**keys), PAIR)
     assert found == key and said in message
+
+
+@pytest.mark.parametrize("cls", [DPO, SFT])
+def test_weights_of_a_policy_gradient_are_refused_before_anything_starts(cls):
+    tables = {"batch": {"group_size": 2, "old_logprobs": "both"}}
+    ((key, said),) = complaints(cls(cls.Config(), run(**tables)), PAIR)
+    assert key == "batch.old_logprobs" and '"both" weighs the terms of a policy gradient' in said
 
 
 @pytest.mark.parametrize("responses", [["chosen"], ["chosen", "rejected", "worse"]])

@@ -17,6 +17,12 @@ class TestPairsOfAttempts(AlgorithmChecks):
     keys = {"pairs": 2, "sft": 0.1}
 
 
+class TestChosenTokens(AlgorithmChecks):
+    plugin = DPO
+    keys = {"sft": 0.1, "sft_mean": "token"}
+    settings = PAIRS
+
+
 class TestWithoutReference(AlgorithmChecks):
     plugin = DPO
     keys = {"loss": "simpo", "beta": 2.0}

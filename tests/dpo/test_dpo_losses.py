@@ -1,7 +1,9 @@
 """Every loss against its paper's formula on padded rows in double precision; by hand; and in single precision."""
 
+import doctest
 import math
 
+import miles_plugin_dpo.losses as losses_module
 import pytest
 import torch
 from dpo_cases import EXACT, Case, cases, examples, plugin, total
@@ -102,20 +104,28 @@ def test_sft_adds_the_chosen_side_s_mean_log_probability(case, weight):
     assert term.keys() == {"penalty/sft"} and plugin().miles_penalty("policy", batch, output) == {}
 
 
-def test_numbers_worked_out_by_hand():
-    """b = 0.1 and h = 2."""
-    policy, reference = Sides(torch.tensor([-1.0]), torch.tensor([-4.0])), Sides(*torch.tensor([[-2.0], [-3.0]]))
-    lengths = Sides(torch.tensor([2.0]), torch.tensor([4.0]))
+def test_numbers_worked_out_by_hand_are_those_of_the_docstring():
+    outcome = doctest.testmod(losses_module)
+    assert outcome.attempted and not outcome.failed
+    policy, lengths = (Sides(*torch.tensor([[x], [y]])) for x, y in ((-1.0, -4.0), (2.0, 4.0)))
+    simpo = pair_losses(policy, policy, lengths, plugin(loss="simpo", beta=2.0).config)
+    assert simpo.item() == pytest.approx(math.log1p(math.exp(-0.5)))  # the margin that is there by default
 
-    def of(**keys):
-        return pair_losses(policy, reference, lengths, plugin(**keys).config).item()
 
-    assert of() == pytest.approx(0.5981, abs=1e-4)
-    assert of(loss="ipo") == pytest.approx(9.0)
-    assert of(loss="hinge") == pytest.approx(0.8)
-    assert of(loss="ipo", ipo_length="average") == pytest.approx((0.5 + 0.25 - 5) ** 2)
-    # simpo: log p / |y| is -0.5 and -1, so it is 0.5 ahead; with b = 2 and the default margin: -log s(1 - 0.5)
-    assert of(loss="simpo", beta=2.0) == pytest.approx(math.log1p(math.exp(-0.5)))
+@pytest.mark.parametrize(("mean", "expected"), [("pair", 2.5), ("token", 2.0)])
+def test_the_chosen_side_s_likelihood_worked_out_by_hand(mean, expected):
+    """The case in the docstring of ``chosen_nll``; the pairs are two micro-batches of two ranks."""
+    case = Case([([False, True, True], [False, True]), ([False, True], [False, True])], 0)
+    rows = {"0/0": [0, -1, -1], "0/1": [0, -7], "1/0": [0, -4], "1/1": [0, -7]}
+    case.said = {id: (torch.tensor(row).double(),) * 2 for id, row in rows.items()}
+    dpo, found = plugin(sft=1.0, sft_mean=mean), 0.0
+    parts = [case.packed([unit]) for unit in case.units]
+    for batch, output in parts:
+        rest = sum(len(unit[0].mask) - 1 for unit in case.units) - int((batch.score > 0.5)[batch.seq][batch.mask].sum())
+        dpo.miles_normalize([batch], lambda mine, rest=rest: mine + rest)
+        (term,) = dpo.miles_penalty("policy", batch, output).values()
+        found += term.sum.item() / case.counts[term.per]
+    assert found == pytest.approx(expected)
 
 
 @losses
@@ -146,6 +156,12 @@ def test_metrics_by_hand():
         "pair/chosen_logprob": -4 / 3,
         "pair/rejected_logprob": -6.5 / 3,
     })  # fmt: skip
+
+
+def test_a_tie_counts_what_the_key_says():
+    case = Case([([False, True], [False, True])], 0)
+    case.said = {id: (torch.tensor([0.0, -1.0]).double(),) * 2 for id in ("0/0", "0/1")}
+    assert plugin(tie=0.0).miles_loss("policy", *case.packed()).metrics["accuracy"].sum.item() == 0.0
 
 
 def test_without_a_reference_a_reward_is_what_the_loss_compares():

@@ -99,6 +99,13 @@ class TestEveryAdvantage:
     def test_is_nothing_in_a_group_of_one(self, advantage):
         assert plugin(advantage=advantage).miles_score([group([3.0]), group([-2.0])]) == [[0.0], [0.0]]
 
+    def test_is_the_reward_in_a_group_of_one_where_the_key_says_so(self, advantage):
+        scores = plugin(advantage=advantage, alone="reward").miles_score([group([3.0]), group([-2.0]), group([1.0])])
+        expected = [3.0, -2.0, 1.0]
+        if advantage == "reinforce_pp_baseline":  # which whitens what the others leave
+            expected = [(x - 2 / 3) / statistics.stdev(expected) for x in expected]
+        assert [row for (row,) in scores] == pytest.approx(expected, rel=1e-5)
+
     @examples
     @given(data=groups_of_rewards, shift=st.integers(-5, 5))
     def test_ignores_a_constant_added_to_a_group(self, advantage, data, shift):
@@ -110,6 +117,16 @@ class TestEveryAdvantage:
             assert after == pytest.approx(before, rel=1e-9, abs=1e-9)
 
 
+@examples
+@given(groups_of_rewards)
+def test_the_deviation_of_the_batch_is_that_of_all_rewards(data):
+    rewards = [r for rows in data for r, _ in rows]
+    spread = (statistics.stdev(rewards) if len(rewards) > 1 else 0.0) + 1e-4
+    for rows, scores in zip(data, plugin(std="batch", std_eps=1e-4).miles_score(built(data)), strict=True):
+        mean = statistics.mean(r for r, _ in rows)
+        assert scores == pytest.approx([(r - mean) / spread for r, _ in rows], rel=1e-9, abs=1e-9)
+
+
 def test_dynamic_sampling_drops_groups_that_teach_nothing():
     dapo = plugin(variant="dapo")
     assert dapo.miles_drop_group(group([1.0, 1.0, 1.0])) == "every reward is 1"
@@ -118,6 +135,14 @@ def test_dynamic_sampling_drops_groups_that_teach_nothing():
     assert dapo.miles_drop_group(group([1.0, 0.0, 0.0])) is None
     assert dapo.miles_drop_group(group([0.5, 0.51])) is None
     assert plugin(variant="grpo").miles_drop_group(group([1.0, 1.0])) is None
+
+
+def test_dynamic_sampling_in_a_range_drops_what_is_too_easy_or_too_hard_too():
+    dapo = plugin(variant="dapo", dynamic_sampling_range=(0.2, 0.9))
+    assert dapo.miles_drop_group(group([1.0, 0.0, 0.0, 0.0])) is None
+    assert dapo.miles_drop_group(group([1.0, *[0.0] * 4])) == "the mean reward is 0.2, not between 0.2 and 0.9"
+    assert dapo.miles_drop_group(group([*[1.0] * 19, 0.0])) == "the mean reward is 0.95, not between 0.2 and 0.9"
+    assert dapo.miles_drop_group(group([0.5, 0.5])) == "every reward is 0.5"  # OpenRLHF would keep it, to learn nothing
 
 
 def test_dynamic_sampling_can_look_at_one_reward_of_several():

@@ -85,7 +85,10 @@ def test_what_can_work_is_not_complained_of(complaints):
         ("\nclip_hi = 0.3", "run.toml:6: grpo.clip_hi: no such key; did you mean 'clip_high'?"),
         ('variant = "drgrpo"', "run.toml:5: grpo.variant: input should be 'grpo', 'dr_grpo', 'dapo', "),
         ('variant = ["dapo"]', "run.toml:5: grpo.variant: input should be 'grpo', "),
-        ('loss = "ppo"', "run.toml:5: grpo.loss: input should be 'clip', 'gspo' or 'cispo', got 'ppo'"),
+        (
+            'loss = "ppo"',
+            "run.toml:5: grpo.loss: input should be 'clip', 'gspo', 'gspo_token', 'sequence' or 'cispo', got 'ppo'",
+        ),
         ("clip_low = 1.5", "run.toml:5: grpo.clip_low: input should be less than or equal to 1, got 1.5"),
         ("clip_high = 0", "run.toml:5: grpo.clip_high: input should be greater than 0, got 0"),
         ("dual_clip = 1.0", "run.toml:5: grpo.dual_clip: input should be greater than 1, got 1.0"),
@@ -105,6 +108,19 @@ def test_what_can_work_is_not_complained_of(complaints):
             "run.toml:5: grpo.dynamic_sampling_reward: has no effect without dynamic_sampling = true; "
             "add that or remove this",
         ),
+        (
+            "dynamic_sampling_range = [0.0, 1.0]",
+            "run.toml:5: grpo.dynamic_sampling_range: has no effect without dynamic_sampling = true; ",
+        ),
+        (
+            "dynamic_sampling = true\ndynamic_sampling_range = [1.0, 0.0]",
+            "run.toml:6: grpo.dynamic_sampling_range: leaves nothing between its ends; say the lower one first",
+        ),
+        (
+            'variant = "rloo"\nstd = "batch"',
+            'run.toml:6: grpo.std: has no effect with advantage = "rloo"; remove it',
+        ),
+        ("kl_cap = 0.0", "run.toml:5: grpo.kl_cap: input should be greater than 0, got 0.0"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_line(complaints, lines, complaint):
@@ -114,7 +130,11 @@ def test_what_cannot_work_is_refused_with_its_line(complaints, lines, complaint)
 
 def test_a_group_of_one_is_refused(complaints):
     (only,) = complaints("", group_size=1)
-    assert only == "run.toml:3: batch.group_size: is 1, but grpo compares samples of one prompt; say 2 or more"
+    assert only.startswith("run.toml:3: batch.group_size: is 1, but grpo compares samples of one prompt; say 2 or more")
+    assert only.endswith('or grpo.alone = "reward"')
+    assert complaints('alone = "reward"', group_size=1) == []
+    (only,) = complaints('alone = "reward"\ndynamic_sampling = true', group_size=1)
+    assert only.startswith("run.toml:6: grpo.dynamic_sampling: would replace every group of one")
 
 
 def test_a_reference_is_built_only_for_a_divergence():

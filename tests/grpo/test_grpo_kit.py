@@ -23,6 +23,16 @@ class TestGspo(AlgorithmChecks):
     keys = {"variant": "gspo"}
 
 
+class TestByToken(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "gspo", "loss": "gspo_token", "std": "batch", "kl": 0.02, "kl_unbiased": True, "kl_cap": 10.0}
+
+
+class TestWholeSequences(AlgorithmChecks):
+    plugin = GRPO
+    keys = {"variant": "rloo", "loss": "sequence", "aggregate": "sequence"}
+
+
 class TestCispo(AlgorithmChecks):
     plugin = GRPO
     keys = {"variant": "cispo", "kl": 0.02, "kl_estimator": "k2"}

@@ -7,7 +7,9 @@ import torch
 from grpo_cases import MAX_TOKENS, Case, cases, examples, plugin, total
 from hypothesis import given
 from hypothesis import strategies as st
+from miles_core.formulas.terms import divergence, reduce
 from miles_core.types import Refused
+from miles_plugin_grpo.losses import ratios
 
 bounds = st.tuples(st.floats(0.01, 0.9), st.floats(0.01, 3.0))
 aggregates = st.sampled_from(["token", "sequence", "constant"])
@@ -40,7 +42,22 @@ def cispo_objective(row, low, high, dual=None):
     return weight * row.advantage * row.logprobs
 
 
-OBJECTIVES = {"clip": clip_objective, "gspo": gspo_objective, "cispo": cispo_objective}
+def gspo_token_objective(row, low, high, dual=None):
+    """GSPO eqs. 13 and 14: the same ratio, whose gradient each token has for itself."""
+    length = row.mask.sum(1, keepdim=True).clip(min=1)
+    s = (((row.logprobs - row.old) * row.mask).sum(1, keepdim=True) / length).exp().detach()
+    s = s * row.logprobs.exp() / row.logprobs.exp().detach()
+    return torch.minimum(s * row.advantage, s.clip(1 - low, 1 + high) * row.advantage)
+
+
+def sequence_objective(row, low, high, dual=None):
+    """PPO eq. 7 of whole answers, whose probability is the product of their tokens'."""
+    ratio = ((row.logprobs - row.old) * row.mask).sum(1, keepdim=True).exp()
+    return torch.minimum(ratio * row.advantage, ratio.clip(1 - low, 1 + high) * row.advantage).expand_as(row.mask)
+
+
+OBJECTIVES = {"gspo_token": gspo_token_objective, "sequence": sequence_objective}
+OBJECTIVES |= {"clip": clip_objective, "gspo": gspo_objective, "cispo": cispo_objective}
 
 
 def kl_estimate(row, estimator):
@@ -69,7 +86,7 @@ def check(case, grpo, expected, row):
         torch.testing.assert_close(output.entropy.grad, case.unpad(row.entropy.grad), **EXACT)
 
 
-@pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
+@pytest.mark.parametrize("loss", OBJECTIVES)
 @examples
 @given(case=cases, bound=bounds, aggregate=aggregates)
 def test_every_loss_is_its_paper_s(loss, case, bound, aggregate):
@@ -97,6 +114,56 @@ def test_penalties_are_weighted_and_summed_like_the_loss(estimator, case, kl, en
     expected = mean_of(penalty - clip_objective(row, 0.2, 0.2), row, aggregate)
     grpo = plugin(kl=kl, kl_estimator=estimator, entropy=entropy, aggregate=aggregate)
     check(case, grpo, expected, row)
+
+
+def test_the_gradients_of_a_sequence_s_ratio_worked_out_by_hand():
+    """The case in the docstring of ``ratios``: r = 4 and r = 1."""
+    case = Case([[False, True, True]], seed=0)
+    batch, _ = case.packed()
+    for loss, expected in {
+        "gspo": (2.0, [0, 1, 1]),
+        "gspo_token": (2.0, [0, 2, 0]),
+        "sequence": (4.0, [0, 4, 4]),
+    }.items():
+        gap = torch.tensor([0.0, math.log(4.0), 0.0], dtype=torch.float64, requires_grad=True)
+        found = ratios(gap, batch, loss)
+        assert found[1:].tolist() == pytest.approx([expected[0]] * 2)
+        assert torch.autograd.grad(found[1], gap)[0].tolist() == pytest.approx(expected[1])
+
+
+def test_what_a_loss_is_a_mean_over_worked_out_by_hand():
+    """The case in the docstring of ``reduce``: 1, 1 on one sequence and 4 on another, 4 tokens at most."""
+    batch, _ = Case([[False, True, True], [False, True]], seed=0).packed()
+    x = torch.tensor([9.0, 1.0, 1.0, 9.0, 4.0], dtype=torch.float64)
+    for aggregate, expected in {"token": 2.0, "sequence": 2.5, "constant": 0.75}.items():
+        mean = reduce(x, batch, aggregate, max_tokens=4)
+        assert mean.sum.item() / batch.counts[mean.per] == pytest.approx(expected)
+
+
+@examples
+@given(case=cases, aggregate=aggregates)
+def test_a_divergence_is_capped_and_weighed_by_the_ratio_where_the_keys_say_so(case, aggregate):
+    row = case.padded()
+    kl = kl_estimate(row, "k3").clip(-0.1, 0.1) * (row.logprobs - row.old).exp()
+    expected = mean_of(0.3 * kl - clip_objective(row, 0.2, 0.2), row, aggregate)
+    grpo = plugin(kl=0.3, kl_cap=0.1, kl_unbiased=True, aggregate=aggregate)
+    check(case, grpo, expected, row)
+    found = grpo.miles_loss(role="policy", batch=case.packed()[0], output=case.packed()[1]).metrics["kl/ref"]
+    assert float(found.sum.detach()) == pytest.approx(float((kl * row.mask).sum()), rel=1e-9, abs=1e-12)
+
+
+def test_weighed_by_the_ratio_the_estimates_have_the_divergence_s_mean_and_gradient():
+    """Exactly, by summing over a vocabulary, from which another policy than the one that learns has drawn."""
+    logits, other, ref = torch.randn(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits.requires_grad_()
+    old, ref_logprobs = other.log_softmax(0), ref.log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    exact = (logprobs.exp() * (logprobs - ref_logprobs)).sum()
+    (gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    for estimator in ("k1", "k3"):
+        found = (old.exp() * divergence(logprobs, ref_logprobs, estimator, old=old)).sum()
+        torch.testing.assert_close(found, exact, **EXACT)
+        torch.testing.assert_close(torch.autograd.grad(found, logits, retain_graph=True)[0], gradient, **EXACT)
 
 
 def test_numbers_worked_out_by_hand():
@@ -152,8 +219,6 @@ def test_gspo_s_gradient_is_the_paper_s(case):
 
 def test_k2_has_the_gradient_of_the_divergence_and_k1_none():
     """Exactly, by summing over a vocabulary instead of sampling from it, under the policy's own probabilities."""
-    from miles_core.formulas.terms import divergence
-
     logits, ref = torch.randn(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits.requires_grad_()
     ref_logprobs = ref.log_softmax(0)

@@ -23,6 +23,8 @@ def complaints(run=None, **keys):
 def test_what_can_work_is_not_complained_of():
     assert complaints() == complaints(kl=0.1, kl_target=0.1, dual_clip=3.0) == []
     assert complaints(kl=0.1, kl_in="loss", kl_estimator="k2") == []
+    assert complaints(kl=0.1, kl_in="loss", kl_unbiased=True) == []  # then k1 has a gradient
+    assert complaints(kl=0.1, kl_target=0.1, kl_mean="sequence", kl_cap=10.0) == []
     assert complaints(kl_estimator="k1", kl_in="loss") == []  # with kl = 0, as in the baseline of an ablation
     assert complaints(run={"steps": 6}, critic_warmup=5) == []
 
@@ -31,6 +33,8 @@ def test_what_can_work_is_not_complained_of():
     ("keys", "key", "said"),
     [
         ({"kl_target": 0.1}, "ppo.kl_target", "has no effect with kl = 0; say where the weight starts"),
+        ({"kl_mean": "token"}, "ppo.kl_mean", "has no effect without kl_target"),
+        ({"kl": 0.1, "kl_unbiased": True}, "ppo.kl_unbiased", "has no effect on a reward, whose ratio is 1"),
         ({"kl": 0.1, "kl_in": "loss"}, "ppo.kl_estimator", "has no gradient on average as a loss"),
         ({"critic_warmup": 6, "run": {"steps": 6}}, "ppo.critic_warmup", "6 steps of 6 leave none to the policy"),
     ],
@@ -51,15 +55,18 @@ def test_a_value_out_of_range_is_refused(key, value):
 
 
 @pytest.mark.parametrize("old", ["recomputed", "engine", "both"])
+@pytest.mark.parametrize("target", [None, 0.1])
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_models_and_columns_follow_from_the_divergence_and_who_says_the_old_logprobs(kl_in, old):
+def test_models_and_columns_follow_from_the_divergence_and_who_says_the_old_logprobs(kl_in, target, old):
     run = {"batch": {"old_logprobs": old}}
     plain = plugin(run=run, kl_in=kl_in)
     assert plain.miles_columns() == VALUES and plain.miles_roles().keys() == {"policy", "critic"}
-    referenced = plugin(run=run, kl_in=kl_in, kl=0.1, kl_target=0.1, kl_estimator="k2")
+    referenced = plugin(run=run, kl_in=kl_in, kl=0.1, kl_target=target, kl_estimator="k2")
     assert referenced.miles_roles()["ref"] == Role(trained=False)
-    # rewards and controller look at the policy of the step's start, which an engine may already have said
-    assert referenced.miles_columns() == VALUES | REF | ({} if old == "engine" else START)
+    # rewards and controller look at the policy of the step's start, which an engine may already have said; a penalty
+    # with a weight that stays looks at nobody's but the policy's that learns
+    early = old != "engine" and (kl_in == "reward" or target is not None)
+    assert referenced.miles_columns() == VALUES | REF | (START if early else {})
 
 
 def test_the_critic_has_its_own_folder_optimizer_and_head_and_the_policy_waits_for_it(tmp_path):

@@ -54,6 +54,16 @@ def test_the_case_worked_out_by_hand():
     assert gae(values, rewards, mask, seq, 1.0, 0.5).tolist() == [0.0, 0.125, 0.25, 0.5]
 
 
+def test_rewards_of_tokens_worked_out_by_hand():
+    """The case in the docstring of ``token_rewards``: k2 estimates of 2 and 3, weighed by 0.1, and a score of 1."""
+    case = Case([[False, True, True]], seed=0)
+    case.scores = torch.tensor([1.0], dtype=torch.float64)
+    case.rows["old_logprobs"] = [torch.zeros(3, dtype=torch.float64)]
+    case.rows["ref_logprobs"] = [torch.tensor([7.0, 2.0, 6.0**0.5], dtype=torch.float64)]
+    rewards = token_rewards(case.packed()[0], plugin(kl=0.5, kl_estimator="k2").config, beta=0.1)
+    assert rewards.tolist() == pytest.approx([0.0, -0.2, 0.7])
+
+
 def test_a_tool_s_tokens_are_skipped_or_discount():
     """One answer token, two of a tool, one answer token that earns 1; values 0, gamma 1/2, lambda 1."""
     rewards = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])

@@ -98,14 +98,18 @@ def test_the_controller_by_hand():
     assert adapted(0.1, 0.02, target=0.02, samples=1000, horizon=10_000) == 0.1
 
 
+@pytest.mark.parametrize("mean", ["token", "sequence"])
 @examples
 @given(case=cases, cut=st.integers(0, 7), kl_in=st.sampled_from(["reward", "loss"]))
-def test_the_weight_is_steered_by_the_whole_step_on_every_rank_alike(case, cut, kl_in):
-    keys = {"kl": 0.1, "kl_target": 0.05, "kl_horizon": 100, "kl_in": kl_in, "kl_estimator": "k2"}
+def test_the_weight_is_steered_by_the_whole_step_on_every_rank_alike(mean, case, cut, kl_in):
+    keys = {"kl": 0.1, "kl_target": 0.05, "kl_horizon": 100, "kl_in": kl_in, "kl_estimator": "k2", "kl_mean": mean}
     order = list(range(len(case.masks)))
     _, plugins = dealt(lambda: plugin(**keys), case, [[order[:cut], []], [order[cut:]]])
     pairs = zip(case.rows["old_logprobs"], case.rows["ref_logprobs"], case.masks, strict=True)
-    divergence = sum(float(((old - ref) ** 2 / 2 * mask).sum()) for old, ref, mask in pairs) / case.counts["token"]
+    sums = [(float(((old - ref) ** 2 / 2 * mask).sum()), max(int(mask.sum()), 1)) for old, ref, mask in pairs]
+    divergence = sum(x for x, _ in sums) / case.counts["token"]
+    if mean == "sequence":
+        divergence = sum(x / n for x, n in sums) / len(sums)
     expected = adapted(0.1, divergence, 0.05, len(case.masks), 100)
     assert [ppo.beta for ppo in plugins] == [pytest.approx(expected, rel=1e-9)] * 2
 
@@ -121,6 +125,15 @@ def test_what_was_steered_outlives_the_process():
     untold = plugin(**keys)
     untold.miles_restore({})  # of another plugin, or of a run that had no target
     assert untold.beta == 0.1
+
+
+def test_the_weight_is_reported_where_it_is_steered():
+    batch, output = Case([[False, True, True]] * 3, seed=0).packed()
+    steered = plugin(kl=0.1, kl_target=0.05)
+    steered.miles_normalize([batch], lambda x: x)
+    metrics = steered.miles_loss(role="policy", batch=batch, output=output).metrics
+    assert float(metrics["kl/weight"].sum) / batch.counts["token"] == pytest.approx(steered.beta) != 0.1
+    assert "kl/weight" not in plugin(kl=0.1).miles_loss(role="policy", batch=batch, output=output).metrics
 
 
 def test_a_weight_that_nothing_steers_is_the_table_s():

@@ -3,6 +3,8 @@
 import asyncio
 import math
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from miles_core.edges.toml import Source
 from miles_core.edges.toml.assemble import assemble
 from miles_core.testing.runs import INLINE
-from whole_runs import timeless
+from safetensors.torch import load_file
+from whole_runs import processes_of, timeless
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +33,8 @@ def go(runs):
 
     def go(algorithm, name, *keys, resume=False):
         if any(key.startswith("placement.trainers") or "apart" in key for key in keys):
-            runs.run(name, *(arg for key in (*SMALL, *keys) for arg in ("--set", key)), file=f"{algorithm}.toml")
+            sets = [arg for key in (*SMALL, *keys) for arg in ("--set", key)]
+            runs.run(name, *sets, *["--resume"] * resume, file=f"{algorithm}.toml")
         else:  # one rank may be a thread of this process: the same loop, without the seconds that processes take
             in_threads(runs.folder / f"{algorithm}.toml", runs.folder / name, [*SMALL, *keys], resume)
         return runs.metrics(name)
@@ -61,8 +65,6 @@ def alike(one, other, tolerance=1e-4, without=()):
 
 
 def changed(runs, name):
-    from safetensors.torch import load_file
-
     before = load_file(runs.folder / "data" / "model" / "model.safetensors")
     after = runs.weights(name)
     assert before.keys() == after.keys()
@@ -80,7 +82,7 @@ def test_ppo_leaves_what_was_promised(runs, ppo):
     assert ppo[1]["critic/value/mean"] == 0.0 and ppo[-1]["critic/value/mean"] != 0.0  # its head starts at zero
     assert "eval/accuracy" in ppo[0] and "eval/accuracy" in ppo[-1]
     assert changed(runs, "ppo-shared")
-    assert not any("score" in name for name in runs.weights("ppo-shared"))  # the policy is exported, not the critic
+    assert not any("score" in name for name in runs.weights("ppo-shared"))  # of the policy; the critic's is beside it
     (state,) = (runs.folder / "ppo-shared/checkpoints/step-000003/policy").glob("state-0.json")
     assert "ppo_beta" in state.read_text()
 
@@ -96,13 +98,35 @@ def test_two_replicas_take_the_steps_of_one(go, ppo):
     alike(go("ppo", "ppo-two", *KL, "placement.trainers=2"), ppo, without=("critic/clipped",), tolerance=1e-3)
 
 
-def test_a_resumed_run_goes_on_with_the_same_weight_of_its_divergence(go, runs, ppo):
-    shutil.copytree(runs.folder / "ppo-shared", runs.folder / "ppo-resumed")
-    shutil.rmtree(runs.folder / "ppo-resumed/checkpoints/step-000003")
-    resumed = go("ppo", "ppo-resumed", *KL, "checkpoint.every=2", resume=True)
-    assert timeless(resumed) == timeless(ppo)
-    mine, theirs = runs.weights("ppo-resumed"), runs.weights("ppo-shared")
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
+def test_a_resumed_run_goes_on_with_the_same_critic_and_weight_of_its_divergence(go, runs, ppo, apart):
+    keys = [*KL, "checkpoint.every=2", *['placement.apart=["critic"]'] * apart]
+    straight = "ppo-straight" if apart else "ppo-shared"
+    whole = go("ppo", straight, *keys) if apart else ppo
+    name = f"{straight}-resumed"
+    shutil.copytree(runs.folder / straight, runs.folder / name)
+    shutil.rmtree(runs.folder / name / "checkpoints/step-000003")
+    assert timeless(go("ppo", name, *keys, resume=True)) == timeless(whole)
+    for role in ("model", "critic"):
+        mine, theirs = (load_file(runs.folder / run / role / "model.safetensors") for run in (name, straight))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_trained_critic_is_what_another_run_starts_from(go, runs, ppo):
+    weights = load_file(runs.folder / "ppo-shared/critic/model.safetensors")
+    assert weights["score.weight"].shape == (1, weights["model.norm.weight"].shape[0])
+    assert weights["score.weight"].any()
+    again = go("ppo", "ppo-critic-given", *KL, f"ppo.critic={runs.folder}/ppo-shared/critic", "eval.every=0")
+    assert ppo[1]["critic/value/mean"] == 0.0 != again[0]["critic/value/mean"]
+
+
+def test_held_out_data_steers_nothing(go):
+    """Responses are given, so the trainer is asked of held-out ones: it looks at their divergence, and forgets it."""
+    given = (*KL, "placement.engines=0", 'data.responses=["answer"]', "reward={}", "ppo.entropy=0.0")
+    often, never = (go("ppo", f"ppo-eval{n}", *given, f"eval.every={n}") for n in (1, 0))
+    assert "eval/loss" in often[0] and len(never) == 3
+    weights = [row["kl/weight"] for row in never]
+    assert [row["kl/weight"] for row in often[1:]] == weights and len(set(weights)) == 3
 
 
 def test_a_warm_up_trains_the_critic_and_leaves_the_policy(go):
@@ -124,10 +148,14 @@ def test_a_second_pass_over_a_step_learns_from_a_policy_that_moved(go):
     assert twice["critic/error"] == pytest.approx(once["critic/error"])
 
 
-@pytest.mark.parametrize("old", ["engine", "both"])
-def test_what_the_engine_said_can_stand_in_for_the_policy_or_weigh_it(go, ppo, old):
+@pytest.mark.parametrize(
+    ("old", "keys"),
+    [("engine", ()), ("both", ()), ("both", ('correction.outside="mask"', 'correction.denominator="token"'))],
+    ids=["engine", "both", "kept"],
+)
+def test_what_the_engine_said_can_stand_in_for_the_policy_or_weigh_it(go, ppo, old, keys):
     """Here both say the same, so nothing but rounding may change; over the weights' own metrics."""
-    rows = go("ppo", f"ppo-{old}", *KL, f"batch.old_logprobs={old}", "eval.every=3")
+    rows = go("ppo", f"ppo-{old}{len(keys)}", *KL, f"batch.old_logprobs={old}", "eval.every=3", *keys)
     alike(rows, ppo, tolerance=1e-3, without=("correction/", "critic/clipped"))
     if old == "both":
         assert all(row["correction/weight"] == pytest.approx(1.0, abs=1e-3) for row in rows[1:])
@@ -149,6 +177,47 @@ def test_a_loss_that_ignores_its_weights_is_refused(runs, go):
     ]
     err = runs.run("careless", *(x for key in keys for x in ("--set", key)), expect=2).stderr
     assert "the algorithm's loss ignores batch.weighed" in err and "Traceback" not in err
+
+
+RAISES = """\
+from pathlib import Path
+
+from miles_core import Plugin, hookimpl
+from miles_core.formulas.terms import reduce
+from miles_core.types import Loss
+
+
+class Raises(Plugin):
+    losses = 0
+
+    @hookimpl
+    def miles_loss(self, role, batch, output):
+        self.losses += 1  # one micro-batch a step
+        if self.losses == 3 and (Path(__file__).parent / "broken").exists():
+            raise ZeroDivisionError("of nothing")
+        mean = reduce(-batch.columns["advantage"] * output.logprobs, batch, "token", 1)
+        return Loss(mean.sum, mean.per)
+"""
+
+
+def test_a_plugin_that_raises_on_a_training_rank_ends_the_run_and_it_goes_on_once_that_is_mended(runs):
+    """With real processes."""
+    (runs.folder / "raises.py").write_text(RAISES)
+    (runs.folder / "broken").write_text("")
+    keys = ["steps=4", "eval.every=0", "checkpoint.every=1", "batch.updates=1", "batch.micro_tokens=100000"]
+    sets = [arg for key in ('algorithm="./raises.py"', *keys) for arg in ("--set", key)]
+    err = runs.run("raised", *sets, expect=2).stderr
+    assert "plugin raises: miles_loss raised ZeroDivisionError: of nothing" in err and "Traceback" not in err
+    assert "raises.py" in (runs.folder / "raised/error.log").read_text()  # where its author looks
+    assert not processes_of(str(runs.folder / "raised"))
+    audit = [str(Path(sys.executable).with_name("miles")), "audit", str(runs.folder / "raised")]
+    assert subprocess.run(audit, capture_output=True).returncode == 0
+    (runs.folder / "broken").unlink()
+    out = runs.run("raised", *sets, "--resume").stdout
+    assert "going on after step " in out  # 2, or 1 where that was still being written
+    assert [row["step"] for row in runs.metrics("raised")] == [1, 2, 3, 4]
+    told = subprocess.run(audit, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout
 
 
 def test_dpo_learns_from_pairs_without_an_engine(go, runs):
@@ -188,3 +257,12 @@ def test_sft_learns_with_an_engine_for_the_held_out_prompts_or_without(go, runs)
     uneven = ("batch.groups=5", "batch.micro_tokens=15")
     one, two = (go("sft", f"sft-{n}", *WITHOUT_ENGINE, *uneven, f"placement.trainers={n}", "reward={}") for n in (1, 2))
     alike(two, one)
+
+
+def test_what_sft_trained_is_a_warm_start(go, runs):
+    greedy = ("eval.temperature=0.0", "eval.prompts=64", "batch.updates=1", "batch.micro_tokens=1024")
+    tuned = go("sft", "sft-warm", *greedy, "steps=40", "batch.groups=64", "eval.every=40")
+    after = tuned[-1]["eval/accuracy"]
+    assert tuned[0]["eval/accuracy"] < 0.1 < 0.3 < after
+    warm = go("ppo", "ppo-warm-start", *greedy, f"model.path={runs.folder}/sft-warm/model", "steps=1", "eval.every=1")
+    assert warm[0]["eval/accuracy"] == after

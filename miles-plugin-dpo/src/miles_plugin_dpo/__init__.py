@@ -11,7 +11,13 @@ from miles_core.types import Column, Loss, Mean, Refused, Role
 from .config import Config as Keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from miles_core.types import Batch, Complain, Group, Output, Sample
+    from torch import Tensor
+
+
+WEIGHS = '"both" weighs the terms of a policy gradient, and {} has none; leave it out'
 
 
 class DPO(Plugin):
@@ -39,8 +45,8 @@ class DPO(Plugin):
         if not given and self.run.batch.group_size < 2 * self.pairs:
             message = f"{self.pairs} take {2 * self.pairs} attempts; batch.group_size is {self.run.batch.group_size}"
             complain("dpo.pairs", message)
-        if self.config.reference is not None and not self.config.reference.is_dir():
-            complain("dpo.reference", f"{self.config.reference} is not a folder; point it at a model")
+        if self.run.batch.old_logprobs == "both":
+            complain("batch.old_logprobs", WEIGHS.format("dpo"))
 
     @hookimpl
     def miles_explain(self) -> dict[str, str]:
@@ -83,6 +89,13 @@ class DPO(Plugin):
     # -- trainer -------------------------------------------------------------------------------------------------
 
     @hookimpl
+    def miles_normalize(self, batches: list[Batch], total: Callable[[Tensor], Tensor]) -> None:
+        if self.config.sft_mean == "token":
+            from .losses import count_chosen
+
+            count_chosen(batches, total)
+
+    @hookimpl
     def miles_loss(self, role: str, batch: Batch, output: Output) -> Loss:
         from .losses import preference_loss
 
@@ -96,7 +109,7 @@ class DPO(Plugin):
 
         if role != "policy" or not self.config.sft:
             return {}
-        nll = chosen_nll(batch, output)
+        nll = chosen_nll(batch, output, self.config)
         return {"penalty/sft": Mean(self.config.sft * nll.sum, nll.per)}
 
 

@@ -19,9 +19,11 @@ class Config(Plugin.Config):
         ``margin`` is what "simpo" wants the chosen side to be ahead by.
     ipo_length
         "average" divides the log-probability of each side by its length (TRL), "sum" does not (OpenRLHF, the paper).
-    sft
+    sft, sft_mean
         Weight of the mean negative log-probability of the chosen side's tokens (Pang et al. 2024, arXiv:2404.19733,
-        eq. 1).
+        eq. 1): over a "pair"'s, then over pairs (OpenRLHF), or over every chosen "token" of an update (TRL).
+    tie
+        What a pair with two equal sides counts in the accuracy; 0 in TRL.
     reference, cache
         The model that the policy is compared with, the one the run starts from when left out; and the folder that
         keeps what it said of each pair, ``reference/`` in the run folder when left out. "simpo" has no reference.
@@ -35,6 +37,8 @@ class Config(Plugin.Config):
     margin: float | None = Field(None, ge=0)  # 0.5
     ipo_length: Literal["sum", "average"] | None = None  # "sum"
     sft: float = Field(0.0, ge=0)
+    sft_mean: Literal["pair", "token"] | None = None  # "pair"
+    tie: float = Field(0.5, ge=0, le=1)
     reference: Location | None = None
     cache: Location | None = None
     pairs: int | None = Field(None, gt=0)  # 1
@@ -54,6 +58,8 @@ class Config(Plugin.Config):
             found["margin"] = f'has no effect with loss = "{self.loss}"; remove it'
         if self.ipo_length is not None and self.loss != "ipo":
             found["ipo_length"] = f'has no effect with loss = "{self.loss}"; remove it'
+        if self.sft_mean is not None and not self.sft:
+            found["sft_mean"] = "has no effect with sft = 0; remove it, or say how much it weighs, such as sft = 0.1"
         if self.reference is not None and not self.referenced:
             found["reference"] = f'loss = "{self.loss}" has no reference; remove it'
         return found

@@ -10,11 +10,14 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from miles_core.formulas.terms import by_update
 from miles_core.types import Loss, Mean
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from miles_core.types import Batch, Output
 
     from .config import Config
@@ -55,7 +58,21 @@ def pair_losses(policy: Sides, reference: Sides, lengths: Sides, config: Config)
     - ``simpo``: ``-log s(b log p(c) / |c| - b log p(r) / |r| - m)`` with ``margin`` m: Meng et al. 2024,
       arXiv:2405.14734, eq. 6
 
-    By hand, with b = 0.1 and h = 2, so b h = 0.2: sigmoid 0.5981, ipo (2 - 5)^2 = 9, hinge 0.8.
+    By hand, with b = 0.1, log p = -1 and -4, log p_ref = -2 and -3, on 2 and 4 tokens: h = 1 + 1 = 2, so b h = 0.2.
+    sigmoid 0.5981, ipo (2 - 5)^2 = 9, hinge 0.8. With e = 0.1 robust is (0.9 * 0.5981 - 0.1 * 0.7981) / 0.8 = 0.5731,
+    exo_pair 0.5498 * (-0.5981 + 0.1054) + 0.4502 * (-0.7981 + 2.3026) = 0.4063. ipo of averages:
+    (1 / 2 + 1 / 4 - 5)^2 = 18.0625. simpo with b = 2 and m = 0.5: -0.5 and -1 a token, -log s(1 - 0.5) = 0.4741.
+
+    >>> from .config import Config
+    >>> p, ref, n = (Sides(*torch.tensor([[x], [y]])) for x, y in ((-1.0, -4.0), (-2.0, -3.0), (2.0, 4.0)))
+    >>> def by_hand(**keys):
+    ...     return round(pair_losses(p, ref, n, Config(**keys)).item(), 4)
+    >>> by_hand(), by_hand(loss="ipo"), by_hand(loss="hinge")
+    (0.5981, 9.0, 0.8)
+    >>> by_hand(loss="robust", label_smoothing=0.1), by_hand(loss="exo_pair", label_smoothing=0.1)
+    (0.5731, 0.4063)
+    >>> by_hand(loss="ipo", ipo_length="average"), by_hand(loss="simpo", beta=2.0, margin=0.5)
+    (18.0625, 0.4741)
     """
     b, e = config.beta, config.label_smoothing
     if config.loss == "simpo":
@@ -81,7 +98,7 @@ def pair_losses(policy: Sides, reference: Sides, lengths: Sides, config: Config)
 def preference_loss(batch: Batch, output: Output, config: Config) -> Loss:
     """A sum over pairs, with its metrics: means over pairs.
 
-    ``accuracy`` is the share whose chosen side is ahead, a tie being half of it, as every pair is before the first
+    ``accuracy`` is the share whose chosen side is ahead, a tie being ``tie`` of it, as every pair is before the first
     step; a side's ``pair/..._reward`` is b (log p - log p_ref), and ``pair/margin`` how far the chosen one is ahead.
     """
     assert output.logprobs is not None
@@ -95,7 +112,7 @@ def preference_loss(batch: Batch, output: Output, config: Config) -> Loss:
         if not config.referenced:  # what this loss compares
             rewards = Sides(*(config.beta * p / n for p, n in zip(policy, lengths, strict=True)))
         found = {
-            "accuracy": (rewards.gap.sign() + 1) / 2,
+            "accuracy": torch.where(rewards.gap == 0, config.tie, (rewards.gap > 0).to(rewards.gap.dtype)),
             "pair/margin": rewards.gap,
             "pair/chosen_reward": rewards.chosen,
             "pair/rejected_reward": rewards.rejected,
@@ -105,8 +122,26 @@ def preference_loss(batch: Batch, output: Output, config: Config) -> Loss:
     return Loss(losses.sum(), "unit", {name: Mean(x.detach().sum(), "unit") for name, x in found.items()})
 
 
-def chosen_nll(batch: Batch, output: Output) -> Mean:
-    """``-log p(c) / |c|``, a mean over pairs."""
+def chosen_nll(batch: Batch, output: Output, config: Config) -> Mean:
+    """``-log p(c) / |c|``, a mean over pairs; or ``-log p`` of all their tokens, a mean over these.
+
+    By hand, of a chosen side with log p = -1, -1 and one with -4: 2.5 over pairs, 2 over tokens.
+    """
     assert output.logprobs is not None
+    if config.sft_mean == "token":
+        share = batch.counts["unit"] / batch.columns["chosen_tokens"]
+        return Mean(-(output.logprobs * is_chosen(batch) * share).sum(), "unit")
     nll = sides(batch, -batch.by_seq(output.logprobs) / batch.lengths.clamp(min=1)).chosen
     return Mean(nll.sum(), "unit")
+
+
+def is_chosen(batch: Batch) -> Tensor:
+    """[T] bool: a trained token of a chosen side."""
+    return batch.per_token(batch.score > 0.5) & batch.mask
+
+
+def count_chosen(batches: list[Batch], total: Callable[[Tensor], Tensor]) -> None:
+    """A column for each micro-batch: the trained tokens of its update's chosen sides, on every token."""
+    found = by_update(batches, [is_chosen(batch).sum() for batch in batches], total)
+    for batch, n in zip(batches, found, strict=True):
+        batch.columns["chosen_tokens"] = n.clamp(min=1).float().expand(len(batch.mask))

@@ -8,6 +8,8 @@ from miles_core import Plugin, hookimpl
 from miles_core.formulas import Aggregate
 from miles_core.types import Loss, Mean
 
+from . import WEIGHS
+
 if TYPE_CHECKING:
     from miles_core.types import Batch, Complain, Output
 
@@ -23,10 +25,15 @@ class SFT(Plugin):
         if not tables["data"].responses:
             message = 'sft learns from responses that the data holds; name their column, such as ["response"]'
             complain("data.responses", message)
+        if self.run.batch.old_logprobs == "both":
+            complain("batch.old_logprobs", WEIGHS.format("sft"))
 
     @hookimpl
     def miles_loss(self, role: str, batch: Batch, output: Output) -> Loss:
-        """``-log p`` of the tokens after the prompt."""
+        """``-log p`` of the tokens after the prompt.
+
+        By hand, with log p = -1, -1 in one response and -4 in another: 2 over tokens, 2.5 over sequences.
+        """
         from miles_core.formulas.terms import reduce
 
         assert output.logprobs is not None

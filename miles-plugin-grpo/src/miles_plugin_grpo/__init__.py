@@ -6,6 +6,7 @@ GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and the REINFORCE++ baseline are values 
 from __future__ import annotations
 
 import json
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from miles_core import Plugin, hookimpl
@@ -30,8 +31,12 @@ class GRPO(Plugin):
 
     @hookimpl
     def miles_check(self, complain: Complain) -> None:
-        if self.run.batch.group_size < 2:
-            complain("batch.group_size", "is 1, but grpo compares samples of one prompt; say 2 or more")
+        if self.run.batch.group_size < 2 and self.config.alone == "zero":
+            message = 'is 1, but grpo compares samples of one prompt; say 2 or more, or grpo.alone = "reward"'
+            complain("batch.group_size", message)
+        elif self.run.batch.group_size < 2 and self.config.dynamic_sampling:
+            message = "would replace every group of one, as its rewards are equal; set it to false"
+            complain("grpo.dynamic_sampling", message)
         for key, message in self.config.contradictions().items():
             complain(f"grpo.{key}", message)
 
@@ -62,7 +67,13 @@ class GRPO(Plugin):
         else:
             known = ", ".join(group.samples[0].rewards)
             raise Refused(f"grpo.dynamic_sampling_reward = {name!r} is none of the rewards given: {known}")
-        return f"every {what} is {rewards[0]:g}" if max(rewards) - min(rewards) <= SAME_REWARD else None
+        if max(rewards) - min(rewards) <= SAME_REWARD:
+            return f"every {what} is {rewards[0]:g}"
+        if self.config.dynamic_sampling_range is None:
+            return None
+        low, high = self.config.dynamic_sampling_range
+        inside = low + SAME_REWARD < (mean := fmean(rewards)) < high - SAME_REWARD
+        return None if inside else f"the mean {what} is {mean:g}, not between {low:g} and {high:g}"
 
     @hookimpl
     def miles_score(self, groups: list[Group]) -> list[list[float]]:

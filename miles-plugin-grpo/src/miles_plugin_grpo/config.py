@@ -37,20 +37,24 @@ class Config(Plugin.Config):
         - ``cispo``: MiniMax 2025, arXiv:2506.13585, eq. 4
         - ``rloo``: Ahmadian et al. 2024, arXiv:2402.14740, the RLOO estimator
         - ``reinforce_pp_baseline``: Hu et al. 2025, arXiv:2501.03262, "REINFORCE++ w/ Baseline"
-    advantage, std_eps
-        How a sample's reward becomes its advantage: see ``advantages``. ``std_eps`` is added to the standard deviation.
+    advantage, std_eps, std, alone
+        How a sample's reward becomes its advantage: see ``advantages``. ``std_eps`` is added to the standard deviation,
+        which is that of a "group" or, as with TRL's ``scale_rewards``, that of all rewards of a step: "batch". A group
+        of one, which is refused, has with "reward" its reward as its advantage (verl).
     loss, clip_low, clip_high, dual_clip
         What is clipped and how: see ``losses``. Bounds are distances from 1: the ratio is kept in
         [1 - clip_low, 1 + clip_high] whatever the loss. ``dual_clip`` bounds the loss of a bad sample; off when
         left out.
     aggregate
         Over what the loss is a mean: see ``miles_core.formulas.terms.reduce``.
-    dynamic_sampling, dynamic_sampling_reward
+    dynamic_sampling, dynamic_sampling_reward, dynamic_sampling_range
         Replace groups whose samples all have the same reward by other prompts (DAPO, eq. 11). The reward is the sum of
-        all, or the one named: with length shaping in the sum, a group of wrong answers seldom has equal sums.
-    kl, kl_estimator
+        all, or the one named: with length shaping in the sum, a group of wrong answers seldom has equal sums. With a
+        range, groups whose mean reward is not between its two ends are replaced, too (OpenRLHF).
+    kl, kl_estimator, kl_cap, kl_unbiased
         Weight and estimator of a term that keeps the policy near the model it started from. Above 0 it costs a second
-        copy of the model and one more forward pass.
+        copy of the model and one more forward pass. What bounds an estimate, and whether it is multiplied by the ratio
+        (TRL): see ``miles_core.formulas.terms.divergence``.
     entropy
         Weight of a bonus on the entropy of the policy's distributions.
     """
@@ -58,15 +62,20 @@ class Config(Plugin.Config):
     variant: Variant = "grpo"
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"] = "grpo"
     std_eps: float | None = Field(None, gt=0)  # 1e-6 where the advantage divides by a standard deviation
-    loss: Literal["clip", "gspo", "cispo"] = "clip"
+    std: Literal["group", "batch"] = "group"
+    alone: Literal["zero", "reward"] = "zero"
+    loss: Literal["clip", "gspo", "gspo_token", "sequence", "cispo"] = "clip"
     clip_low: float = Field(0.2, gt=0, le=1)
     clip_high: float = Field(0.2, gt=0)
     dual_clip: float | None = Field(None, gt=1)
     aggregate: Literal["token", "sequence", "constant"] = "sequence"
     dynamic_sampling: bool = False
     dynamic_sampling_reward: str | None = None
+    dynamic_sampling_range: tuple[float, float] | None = None
     kl: float = Field(0.0, ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_cap: float | None = Field(None, gt=0)
+    kl_unbiased: bool = False
     entropy: float = Field(0.0, ge=0)
 
     @model_validator(mode="before")
@@ -87,6 +96,11 @@ class Config(Plugin.Config):
             found["std_eps"] = f'has no effect with advantage = "{self.advantage}", which divides by none; remove it'
         if self.dual_clip is not None and self.loss == "cispo":
             found["dual_clip"] = 'has no effect with loss = "cispo", whose weight clip_high bounds already; remove it'
-        if self.dynamic_sampling_reward is not None and not self.dynamic_sampling:
-            found["dynamic_sampling_reward"] = "has no effect without dynamic_sampling = true; add that or remove this"
+        if self.std == "batch" and self.advantage != "grpo":
+            found["std"] = f'has no effect with advantage = "{self.advantage}"; remove it'
+        for key in ("dynamic_sampling_reward", "dynamic_sampling_range"):
+            if getattr(self, key) is not None and not self.dynamic_sampling:
+                found[key] = "has no effect without dynamic_sampling = true; add that or remove this"
+        if self.dynamic_sampling_range is not None and self.dynamic_sampling_range[0] >= self.dynamic_sampling_range[1]:
+            found["dynamic_sampling_range"] = "leaves nothing between its ends; say the lower one first"
         return found

@@ -28,7 +28,7 @@ def policy_loss(batch: Batch, output: Output, config: Config, max_tokens: int) -
     assert logprobs is not None and old is not None  # the loop's promise on the stage that computes losses
     advantage = batch.columns["advantage"]
     gap = logprobs - old
-    ratio = sequence_ratio(gap, batch) if config.loss == "gspo" else bounded(gap).exp()
+    ratio = ratios(gap, batch, config.loss)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     if config.loss == "cispo":
         terms = weighted(logprobs, clipped, advantage)
@@ -38,17 +38,44 @@ def policy_loss(batch: Batch, output: Output, config: Config, max_tokens: int) -
     return Loss(total.sum, total.per, metrics(batch, output, config, ratio.detach(), bounded(gap.detach())))
 
 
-def sequence_ratio(gap: Tensor, batch: Batch) -> Tensor:
-    """[T], every token carrying its sequence's ``s = exp(mean of log r)``: GSPO (arXiv:2507.18071, eq. 7).
+def ratios(gap: Tensor, batch: Batch, loss: str) -> Tensor:
+    """[T], what ``loss`` clips, from ``gap`` = log r:
 
-    The gradient goes through the mean, so with one advantage a sequence it is the paper's eq. 10.
+    - ``gspo``: every token carries its sequence's ``s = exp(mean of log r)`` (arXiv:2507.18071, eq. 7). The gradient
+      goes through the mean, so with one advantage a sequence it is the paper's eq. 10
+    - ``gspo_token``: the same numbers, but a token's gradient is ``s`` times its own, whatever its weight (eqs. 13, 14)
+    - ``sequence``: ``exp(sum of log r)``, the ratio of the whole sequence; of it take a mean over sequences
+    - else ``r``
+
+    By hand, for two tokens with r = 4 and r = 1: s = 2 on both, and the whole sequence's ratio is 4. The gradient of
+    the first one's s is s / 2 = 1 to each of both tokens' log p, and with ``gspo_token`` 2 and 0.
     """
-    return batch.per_token(bounded(batch.by_seq(gap) / batch.lengths.clamp(min=1)).exp())
+    if loss == "sequence":
+        return batch.per_token(bounded(batch.by_seq(gap)).exp())
+    if loss not in ("gspo", "gspo_token"):
+        return bounded(gap).exp()
+    s = batch.per_token(bounded(batch.by_seq(gap) / batch.lengths.clamp(min=1)).exp())
+    return s if loss == "gspo" else s.detach() * (gap - gap.detach()).exp()
 
 
 def weighted(logprobs: Tensor, clipped: Tensor, advantage: Tensor) -> Tensor:
-    """``-sg(clip(r)) A log p``: CISPO (arXiv:2506.13585, eqs. 4 and 5). No token loses its gradient to the clip."""
+    """``-sg(clip(r)) A log p``: CISPO (arXiv:2506.13585, eqs. 4 and 5). No token loses its gradient to the clip.
+
+    By hand, with a weight of 1.2, A = 2 and log p = -1: 2.4, with a gradient of -2.4.
+
+    >>> logp = torch.tensor([-1.0], requires_grad=True)
+    >>> loss = weighted(logp, torch.tensor([1.2]), torch.tensor([2.0]))
+    >>> loss.sum().backward()
+    >>> round(loss.item(), 4), round(logp.grad.item(), 4)
+    (2.4, -2.4)
+    """
     return -clipped.detach() * advantage * logprobs
+
+
+def reference_divergence(batch: Batch, logprobs: Tensor, config: Config) -> Tensor:
+    """[T], from the reference, as ``config`` estimates it."""
+    old = batch.old_logprobs if config.kl_unbiased else None
+    return divergence(logprobs, batch.columns["ref_logprobs"], config.kl_estimator, config.kl_cap, old)
 
 
 def penalties(batch: Batch, output: Output, config: Config, max_tokens: int) -> dict[str, Mean]:
@@ -56,7 +83,7 @@ def penalties(batch: Batch, output: Output, config: Config, max_tokens: int) -> 
     terms = {}
     if config.kl:
         assert output.logprobs is not None
-        kl = divergence(output.logprobs, batch.columns["ref_logprobs"], config.kl_estimator)
+        kl = reference_divergence(batch, output.logprobs, config)
         terms["penalty/kl"] = reduce(config.kl * kl, batch, config.aggregate, max_tokens)
     if config.entropy:
         if output.entropy is None:
@@ -92,7 +119,7 @@ def metrics(batch: Batch, output: Output, config: Config, ratio: Tensor, gap: Te
         found["clip/dual"] = mean((ratio > config.dual_clip) & (advantage < 0))
     if config.kl:
         assert output.logprobs is not None
-        found["kl/ref"] = mean(divergence(output.logprobs, batch.columns["ref_logprobs"], config.kl_estimator))
+        found["kl/ref"] = mean(reference_divergence(batch, output.logprobs, config))
     if output.entropy is not None:
         found["entropy"] = mean(output.entropy)
     return found

@@ -59,7 +59,8 @@ class PPO(Plugin):
         columns = {"values": Column(role="critic", field="values")}
         if self.config.kl:
             columns["ref_logprobs"] = Column(role="ref")
-            if self.run.batch.old_logprobs != "engine":  # rewards need them before the policy's own update
+            early = self.config.kl_in == "reward" or self.config.kl_target is not None
+            if early and self.run.batch.old_logprobs != "engine":  # needed before the policy's own update
                 columns["start_logprobs"] = Column(role="policy")
         return columns
 
@@ -92,12 +93,13 @@ class PPO(Plugin):
         from .losses import reference_divergence
 
         assert self.config.kl_target is not None
-        sums = [(reference_divergence(b, self.config) * b.mask).sum() for b in batches]
-        counts = [
-            torch.stack([s, b.mask.sum(), s.new_tensor(len(b.score))]) for s, b in zip(sums, batches, strict=True)
-        ]
-        summed, tokens, samples = total(torch.stack(counts).double().sum(0)).tolist()
-        found = summed / max(tokens, 1)
+        counts = []
+        for batch in batches:
+            by_seq = batch.by_seq(reference_divergence(batch, self.config))
+            mean = (by_seq / batch.lengths.clamp(min=1)).sum()
+            counts.append(torch.stack([by_seq.sum(), mean, batch.mask.sum(), mean.new_tensor(len(batch.score))]))
+        summed, means, tokens, samples = total(torch.stack(counts).double().sum(0)).tolist()
+        found = means / max(samples, 1) if self.config.kl_mean == "sequence" else summed / max(tokens, 1)
         self.beta = adapted(self.beta, found, self.config.kl_target, int(samples), self.config.kl_horizon)
 
     @hookimpl
@@ -108,11 +110,16 @@ class PPO(Plugin):
             return value_loss(batch, output, self.config)
         if role != "policy":
             raise Refused(f"ppo trains a policy and a critic, and was asked for the loss of {role!r}")
-        return policy_loss(batch, output, self.config, self.run.rollout.max_tokens)
+        loss = policy_loss(batch, output, self.config, self.run.rollout.max_tokens)
+        if self.config.kl_target is not None:
+            loss.metrics["kl/weight"] = Mean(self.beta * batch.mask.sum())
+        return loss
 
     @hookimpl
     def miles_penalty(self, role: str, batch: Batch, output: Output) -> dict[str, Mean]:
-        from miles_core.formulas.terms import divergence, reduce
+        from miles_core.formulas.terms import reduce
+
+        from .losses import reference_divergence
 
         terms: dict[str, Mean] = {}
         if role != "policy":
@@ -120,7 +127,7 @@ class PPO(Plugin):
         config, most = self.config, self.run.rollout.max_tokens
         if config.kl and config.kl_in == "loss":
             assert output.logprobs is not None
-            kl = divergence(output.logprobs, batch.columns["ref_logprobs"], config.kl_estimator)
+            kl = reference_divergence(batch, config, output.logprobs)
             terms["penalty/kl"] = reduce(self.beta * kl, batch, config.aggregate, most)
         if config.entropy:
             if output.entropy is None:

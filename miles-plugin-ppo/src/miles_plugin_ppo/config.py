@@ -30,9 +30,13 @@ class Config(Plugin.Config):
     value_clip, value_coef
         The value moves at most so far from the old one before its loss stops to fall; 0 turns that off. The squared
         error is multiplied by ``value_coef``: 0.5 as in verl and OpenRLHF, 1.0 as in slime.
-    kl, kl_in, kl_estimator, kl_target, kl_horizon
-        The divergence from the model the run started from, taken off each token's reward or added to the loss. With
-        ``kl_target`` its weight is a controller's: see ``controller``; the weight ``kl`` is where it starts.
+    kl, kl_in, kl_estimator, kl_cap, kl_unbiased
+        The divergence from the model the run started from, taken off each token's reward or added to the loss. What
+        bounds an estimate, and whether a loss is multiplied by the ratio (TRL): see
+        ``miles_core.formulas.terms.divergence``.
+    kl_target, kl_horizon, kl_mean
+        With a target the weight of the divergence is a controller's: see ``controller``; ``kl`` is where it starts. It
+        sees a mean over every trained "token" of a step, or over each "sequence", then over sequences (verl).
     aggregate, entropy
         What the policy's loss is a mean over, see ``miles_core.formulas.terms.reduce``; the weight of an entropy bonus.
     """
@@ -54,8 +58,11 @@ class Config(Plugin.Config):
     kl: float = Field(0.0, ge=0)
     kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Estimator = "k1"
+    kl_cap: float | None = Field(None, gt=0)
+    kl_unbiased: bool = False
     kl_target: float | None = Field(None, gt=0)
     kl_horizon: int = Field(10_000, gt=0)
+    kl_mean: Literal["token", "sequence"] | None = None  # "token"
     aggregate: Aggregate = "token"
     entropy: float = Field(0.0, ge=0)
 
@@ -64,6 +71,10 @@ class Config(Plugin.Config):
         found = {}
         if self.kl_target is not None and not self.kl:
             found["kl_target"] = "has no effect with kl = 0; say where the weight starts, such as kl = 0.01"
-        if self.kl_in == "loss" and self.kl and self.kl_estimator == "k1":
+        if self.kl_mean is not None and self.kl_target is None:
+            found["kl_mean"] = "has no effect without kl_target, whose controller looks at it; add that or remove this"
+        if self.kl_in == "loss" and self.kl and self.kl_estimator == "k1" and not self.kl_unbiased:
             found["kl_estimator"] = 'has no gradient on average as a loss; say "k2" or "k3", or kl_in = "reward"'
+        if self.kl_in == "reward" and self.kl and self.kl_unbiased:
+            found["kl_unbiased"] = 'has no effect on a reward, whose ratio is 1; remove it, or say kl_in = "loss"'
         return found

@@ -27,26 +27,31 @@ def gae(
     """
     if not len(seq):
         return torch.zeros_like(values)
+    starts = torch.searchsorted(seq, torch.arange(int(seq[-1]) + 2, device=seq.device))  # of each sequence; then T
     if skip:
         taken = mask.nonzero().squeeze(1)
-        of, v, r = (x.index_select(0, taken) for x in (seq, values, rewards))
+        starts = torch.searchsorted(taken, starts)
+        v, delta = values.index_select(0, taken), rewards.index_select(0, taken)
     else:
-        of, v, r = seq, values * mask, rewards * mask
-    counts = torch.bincount(of, minlength=int(seq[-1]) + 1)
-    chunks = counts // CHUNK + 1  # a place is left after each sequence, where V = 0
-    place, size = _places(of, counts, chunks)
-    v, r = (x.new_zeros(size).index_copy_(0, place, x) for x in (v, r))
-    delta = r.sub_(v)
+        v, delta = values * mask, rewards * mask
+    if not len(v):
+        return torch.zeros_like(values)
+    counts, last = starts.diff(), starts[1:] - 1  # of an empty sequence that of the one before, or of all
+    at_last = delta.sub_(v)[last]
     delta[:-1].add_(v[1:], alpha=gamma)
-    delta[CHUNK * chunks.cumsum(0) - 1] = 0.0  # the last place of a sequence has seen the next one
-    found = _sums(delta.view(-1, CHUNK), chunks, gamma * lam).view(-1).index_select(0, place)
+    delta[last] = at_last
+    chunks = -(-counts // CHUNK)
+    place, size = _places(counts, chunks, len(v))
+    rows = delta.new_zeros(size).index_copy_(0, place, delta).view(-1, CHUNK)
+    found = _sums(rows, chunks, gamma * lam).view(-1).index_select(0, place)
     return torch.zeros_like(values).index_copy_(0, taken, found) if skip else found * mask
 
 
-def _places(of: Tensor, counts: Tensor, chunks: Tensor) -> tuple[Tensor, int]:
-    """Where each of a row of stretches lies once every stretch begins a chunk; ``of`` says which one it belongs to."""
+def _places(counts: Tensor, chunks: Tensor, n: int) -> tuple[Tensor, int]:
+    """Where each of ``n`` numbers, in stretches of ``counts``, lies once every stretch begins a chunk of its own."""
     shift = CHUNK * (chunks.cumsum(0) - chunks) - (counts.cumsum(0) - counts)
-    return torch.arange(len(of), device=of.device).add_(shift.index_select(0, of)), CHUNK * int(chunks.sum())
+    place = torch.repeat_interleave(shift, counts, output_size=n)
+    return place.add_(torch.arange(n, device=place.device)), CHUNK * int(chunks.sum())
 
 
 def _sums(rows: Tensor, chunks: Tensor, decay: float) -> Tensor:
@@ -57,9 +62,8 @@ def _sums(rows: Tensor, chunks: Tensor, decay: float) -> Tensor:
     local = rows @ torch.where(gap >= 0, decay ** gap.clamp(min=0), 0.0)
     if int(chunks.max()) <= 1:
         return local
-    of = torch.repeat_interleave(torch.arange(len(chunks), device=rows.device), chunks)
     above = -(-chunks // CHUNK)
-    place, size = _places(of, chunks, above)
+    place, size = _places(chunks, above, len(rows))
     heads = rows.new_zeros(size).index_copy_(0, place, local[:, 0])
     whole = _sums(heads.view(-1, CHUNK), above, decay**CHUNK).view(-1)[place]  # y at the head of each chunk
     following = torch.cat([whole[1:], whole.new_zeros(1)])

@@ -45,7 +45,7 @@ def policy_loss(batch: Batch, output: Output, config: Config, max_tokens: int) -
         if config.dual_clip is not None:
             found["clip/dual"] = (ratio > config.dual_clip) & (advantage < 0)
         if "ref_logprobs" in batch.columns:
-            found["kl/ref"] = divergence(logprobs, batch.columns["ref_logprobs"], config.kl_estimator)
+            found["kl/ref"] = reference_divergence(batch, config, logprobs)
         if output.entropy is not None:
             found["entropy"] = output.entropy
         metrics = {name: Mean((x * batch.mask).sum()) for name, x in found.items()}
@@ -80,7 +80,9 @@ def value_loss(batch: Batch, output: Output, config: Config) -> Loss:
 
 def token_rewards(batch: Batch, config: Config, beta: float) -> Tensor:
     """[T]: the sample's score on its last trained token, and on every one ``-beta`` times the divergence estimate
-    where that is a part of the reward (arXiv:2203.02155, eq. 2, token by token)."""
+    where that is a part of the reward (arXiv:2203.02155, eq. 2, token by token).
+
+    By hand, with a score of 1, beta = 0.1 and estimates of 2, 3 on two trained tokens: -0.2, 0.7."""
     trained = batch.mask.nonzero().squeeze(1)
     of = batch.seq[trained]
     last = torch.cat([of[1:] != of[:-1], batch.mask.new_ones(1)])[: len(of)]
@@ -91,17 +93,22 @@ def token_rewards(batch: Batch, config: Config, beta: float) -> Tensor:
     return rewards * batch.mask
 
 
-def reference_divergence(batch: Batch, config: Config) -> Tensor:
-    """[T], of the policy that the step started from."""
-    assert batch.old_logprobs is not None
-    return divergence(batch.old_logprobs, batch.columns["ref_logprobs"], config.kl_estimator)
+def reference_divergence(batch: Batch, config: Config, logprobs: Tensor | None = None) -> Tensor:
+    """[T], from the reference, of the policy with ``logprobs``, or of that which the step started from."""
+    old = batch.old_logprobs if config.kl_unbiased and logprobs is not None else None
+    logprobs = batch.old_logprobs if logprobs is None else logprobs
+    assert logprobs is not None
+    return divergence(logprobs, batch.columns["ref_logprobs"], config.kl_estimator, config.kl_cap, old)
 
 
 @torch.no_grad()
 def whiten(batches: list[Batch], total: Callable[[Tensor], Tensor], config: Config) -> None:
     """``(A - mean) / sqrt(var + eps)`` over every trained token of the step, on all data-parallel ranks, in place.
 
-    Two passes, in float64: E[x^2] - E[x]^2 loses what a small variance has.
+    Two passes, in float64: E[x^2] - E[x]^2 loses what a small variance has. A step of one token has the advantage 0.
+
+    By hand, A = (1, 2, 3) has the mean 2 and the variance 1, hence (-1, 0, 1); "biased" the variance 2 / 3, hence
+    (-1.2247, 0, 1.2247).
     """
     columns = [(batch.columns["advantage"], batch.mask) for batch in batches]
     sums = [torch.stack([(a.double() * m).sum(), m.sum().double()]) for a, m in columns]

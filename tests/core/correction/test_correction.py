@@ -6,7 +6,7 @@ import pytest
 import torch
 from miles_core.config import RunConfig
 from miles_core.edges.correction import Correction
-from miles_core.types import Batch
+from miles_core.types import Batch, Column
 from pydantic import ValidationError
 
 BOTH = {"old_logprobs": "both"}
@@ -55,6 +55,10 @@ E = math.exp
         ({"level": "geometric", "upper": 5.0}, [E(0.75), E(0.75)]),
         ({"lower": 1.8, "upper": 5.0}, [1.8, E(1.0)]),
         ({"lower": 1.8, "upper": 5.0, "outside": "mask"}, [0.0, E(1.0)]),
+        ({"outside": "mask", "denominator": "sequence"}, [2 * E(0.5), 0.0]),
+        ({"outside": "mask", "gate": "geometric"}, [0.0, 0.0]),
+        ({"outside": "mask", "gate": "geometric", "upper": 2.2}, [E(0.5), E(1.0)]),
+        ({"outside": "mask", "gate": "token", "level": "sequence", "upper": 2.2}, [E(1.5), 0.0]),
     ],
     ids=str,
 )
@@ -99,6 +103,35 @@ def test_denominators_stay_what_they_are():
     assert float((terms * batch.mask).sum()) / batch.counts["token"] == pytest.approx((E(0.5) + 0 + 1) / 3, rel=1e-5)
 
 
+def test_a_mean_over_the_tokens_that_an_update_keeps_on_all_of_its_ranks():
+    """Two micro-batches of one update, of which half of the tokens are another rank's; and one of another update."""
+    keys = {"outside": "mask", "denominator": "token"}
+    one, two, other = gaps([0.5, 1.0], [0.0]), gaps([2.0]), gaps([0.1, 0.1], [3.0])
+    one.counts = two.counts = {"token": 8, "sample": 6, "unit": 6}
+    masking = plugin(**keys)
+    assert masking.miles_columns() == {"correction_logprobs": Column(role="policy")}
+    masking.miles_normalize([one, two, other], lambda kept: kept + torch.tensor([1.0, 0.0]))
+    # of the first update's 8 tokens 2 are kept here and 1 there; of the other's 3 there are 2
+    assert factors(one, **keys)[0] == pytest.approx([E(0.5) * 8 / 3, 0.0, 8 / 3], rel=1e-5)
+    assert factors(two, **keys)[0] == [0.0]
+    assert factors(other, **keys)[0] == pytest.approx([E(0.1) * 3 / 2] * 2 + [0.0], rel=1e-5)
+
+
+def test_what_needs_no_count_of_the_update_asks_for_none():
+    for other in (plugin(), plugin(outside="mask", denominator="sequence"), plugin({}, denominator="token")):
+        batch = gaps([0.5])
+        other.miles_normalize([batch], total=None)
+        assert other.miles_columns() == {} == batch.columns
+
+
+def test_nothing_kept_is_nothing_and_no_division_by_it():
+    batch = gaps([3.0], [])
+    masking = plugin(outside="mask", denominator="token")
+    masking.miles_normalize([batch], lambda kept: kept)
+    assert factors(batch, outside="mask", denominator="token")[0] == [0.0]
+    assert factors(batch, outside="mask", denominator="sequence")[0] == [0.0]
+
+
 def test_a_batch_without_weights_is_weighed_as_it_is():
     batch = gaps([0.5])
     terms = torch.ones(2)
@@ -117,6 +150,13 @@ def test_it_is_in_use_only_where_both_are_known(old):
         (BOTH, {"lower": 3.0}, "correction.lower", "3.0 is above correction.upper = 2.0"),
         ({}, {"upper": 3.0}, "correction", 'has no effect without batch.old_logprobs = "both"'),
         ({"old_logprobs": "engine"}, {"level": "sequence"}, "correction", "has no effect"),
+        (
+            BOTH,
+            {"gate": "geometric"},
+            "correction.gate",
+            'says what is masked, or what that does; say outside = "mask"',
+        ),
+        (BOTH, {"denominator": "token"}, "correction.denominator", 'say outside = "mask"'),
     ],
 )
 def test_what_cannot_work_is_said_with_its_key(batch, keys, key, said):

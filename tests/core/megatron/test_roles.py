@@ -23,11 +23,11 @@ def other(tiny, tmp_path) -> Path:
     return shutil.copytree(tiny, tmp_path / "other")
 
 
-def said(tiny: Path, role: Role, table=None, **placement) -> list[tuple[str, str]]:
+def said(tiny: Path, role: Role, table=None, keys=None, **placement) -> list[tuple[str, str]]:
     tables = {"algorithm": "mine", "model": {"path": str(tiny)}, "placement": placement}
     found: list[tuple[str, str]] = []
     roles = {"policy": Role(trained=True), "critic": role}
-    check_roles(roles, table or {}, RunConfig.model_validate(tables), lambda *complaint: found.append(complaint))
+    check_roles(roles, table or {}, RunConfig.model_validate(tables), lambda *complaint: found.append(complaint), keys)
     return found
 
 
@@ -72,15 +72,24 @@ def test_a_critic_must_fit_the_parallel_sizes(tiny, other):
 
 def test_a_missing_folder(tiny, tmp_path):
     ((key, message),) = said(tiny, Role(path=str(tmp_path / "nowhere")))
-    assert key == "mine.critic" and "cannot be read" in message
+    assert key == "mine.critic" and "nowhere is not a folder; point this key at a model" in message
+    ((_, message),) = said(tiny, Role(path=str(tmp_path)))
+    assert f"{tmp_path} has no config.json; point this key at a model" in message
+
+
+def test_the_key_is_the_one_that_the_algorithm_took_it_from(tiny, tmp_path):
+    keys = {"beta": 0.1, "start": tmp_path / "nowhere", "optimizer": {"lr": -1.0}, "other": None}
+    role = critic(tmp_path / "nowhere", lr=-1.0)
+    assert {key for key, _ in said(tiny, role, keys=keys.items())} == {"mine.start", "mine.optimizer.lr"}
+    assert {key for key, _ in said(tiny, role)} == {"mine.critic", "mine.critic.optim.lr"}
 
 
 def test_an_optimizer_of_its_own_is_checked_like_the_run_s(tiny):
     assert said(tiny, critic(tiny, lr=1e-3)) == []
     ((key, message),) = said(tiny, critic(tiny, lr=-1.0))
-    assert key == "mine.critic" and message.startswith("optim.lr: ")
-    ((_, message),) = said(tiny, critic(tiny, rate=1.0))
-    assert message.startswith("optim.rate: ")
+    assert key == "mine.critic.optim.lr" and message == "input should be greater than 0"
+    ((key, message),) = said(tiny, critic(tiny, rate=1.0))
+    assert key == "mine.critic.optim.rate" and message == "extra inputs are not permitted"
 
 
 @pytest.mark.parametrize("name", ["policy", "crtic"])

@@ -115,3 +115,8 @@ def test_a_cache_whose_writer_was_killed_is_whole(models: Path) -> None:
     assert codes == [-signal.SIGXFSZ], said
     codes, said = ranks("read", models, 1)
     assert codes == [0], said
+
+
+def test_a_cache_that_is_damaged_or_held_is_named(models: Path) -> None:
+    codes, said = ranks("faults", models, 1)
+    assert codes == [0], said

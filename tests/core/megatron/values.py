@@ -2,7 +2,9 @@
 
 import resource
 import signal
+import sqlite3
 import sys
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from core.megatron.batches import pack
 from core.megatron.layouts import SGD, TWO, micro_batches, summed
 from miles_core.config import RunConfig
 from miles_core.edges.megatron import Megatron, device
-from miles_core.types import Batch, Output, Role
+from miles_core.types import Batch, Output, Refused, Role
 
 ONE: list[dict] = [{}]
 
@@ -164,6 +166,39 @@ def read_after_death(models: Path, out: Path) -> None:
         assert len(calls) == expected
 
 
+def damaged_and_shared(models: Path, out: Path) -> None:
+    """What SQLite says of a file is said with its name, and with what to do."""
+    few, many = few_and_many()
+    model, forward, _ = frozen(models / "qwen3", {}, out)
+    model.run(few, forward, None)
+    (file,) = out.glob("*.sqlite")
+    device.import_megatron("miles_core.edges.megatron.cached").WAIT_S = 0.2
+    model, forward, _ = frozen(models / "qwen3", {}, out)
+    with closing(sqlite3.connect(file)) as another:
+        another.execute("BEGIN EXCLUSIVE")  # a run that shares the folder, and writes
+        with pytest.raises(
+            Refused, match=rf"{file} is locked: another run .* resume when that is done, or name a folder"
+        ):
+            model.run(many, forward, None)
+        with pytest.raises(Refused, match=f"{file} is locked"):
+            frozen(models / "qwen3", {}, out)
+    model.run(many, forward, None)  # once the other is done
+    with file.open("r+b") as bytes_of:
+        bytes_of.write(b"not a database at all")
+    with pytest.raises(Refused, match=rf"{file} is damaged \(file is not a database\); delete it: what it held is"):
+        frozen(models / "qwen3", {}, out)
+    file.unlink()
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, logprobs BLOB)")
+        database.execute("INSERT INTO rows VALUES (x'00', x'0000')")
+    with pytest.raises(Refused, match=f"{file} is damaged"):  # half a number
+        frozen(models / "qwen3", {}, out)
+    (out / "a file").write_text("")
+    model, forward, _ = frozen(models / "qwen3", {}, out / "a file" / "below")
+    with pytest.raises(Refused, match="cannot be written"):
+        model.run(few, forward, None)
+
+
 def main(what: str, rank: int, world: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting-{what}-{world}", rank=rank, world_size=world,
@@ -174,7 +209,9 @@ def main(what: str, rank: int, world: int, folder: Path) -> None:
 
     cases = torch.load(folder / "cases.pt")
     if what != "layouts":
-        {"die": write_and_die, "read": read_after_death}[what](folder / "policies", folder / "killed")
+        {"die": write_and_die, "read": read_after_death, "faults": damaged_and_shared}[what](
+            folder / "policies", folder / ("faults" if what == "faults" else "killed")
+        )
         return
     for number, table in enumerate(ONE if world == 1 else TWO):
         for name, case in cases.items():

@@ -35,6 +35,12 @@ def test_dr_grpo_is_trls_without_scaled_rewards(case):
 
 @examples
 @given(sized)
+def test_the_deviation_of_the_batch_is_trls(case):
+    agree(ours(case, std="batch", std_eps=1e-4), scored(case, scale_rewards="batch")["advantages"])
+
+
+@examples
+@given(sized)
 def test_rloo_is_trls(case):
     agree(ours(case, variant="rloo"), left_out(case))
 

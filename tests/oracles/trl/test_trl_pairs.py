@@ -112,6 +112,7 @@ def test_a_tie_is_half_an_accuracy_and_in_trl_none():
     case.rows["ref"] = case.rows["logprobs"]
     assert means(build(DPO), *packed(case))["accuracy"] == 0.5
     assert preference_loss(case, leaf(case), "sigmoid")[1]["rewards/accuracies"] == 0.0
+    assert means(build(DPO, tie=0.0), *packed(case))["accuracy"] == 0.0
 
 
 # -- responses that the data holds -------------------------------------------------------------------------------------
@@ -131,6 +132,16 @@ def test_sft_over_tokens_is_trls_with_its_gradient(case):
     rows = mine.split([len(case.masks[i]) for i in chosen])
     for row, expected in zip(rows, their, strict=False):  # theirs has the rejected ones below
         agree(row, expected[: len(row)])
+
+
+@examples
+@given(pairs)
+def test_the_chosen_sides_likelihood_over_tokens_is_trls_with_its_gradient(case):
+    dpo, (batch, output), logprobs = build(DPO, sft=0.5, sft_mean="token"), packed(case), leaf(case)
+    dpo.miles_normalize([batch], lambda x: x)
+    (term,) = dpo.miles_penalty(role="policy", batch=batch, output=output).values()
+    theirs, _ = preference_loss(case, logprobs, "sft")
+    agree_with_gradients(case, term.sum / batch.counts[term.per], output, 0.5 * theirs, logprobs)
 
 
 def test_the_chosen_sides_likelihood_is_a_mean_over_pairs_and_in_trl_over_tokens():

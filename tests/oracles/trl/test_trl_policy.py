@@ -114,7 +114,21 @@ def test_k3_as_a_penalty_is_trls_without_its_correction(aggregate, case):
     agree(means(grpo, batch, output)["kl/ref"], reported["kl"])
 
 
-def test_what_trl_does_by_default_multiplies_k3_by_the_ratio_and_is_no_value_of_our_key():
+@aggregates
+@examples
+@given(case=cases())
+def test_k3_as_trl_has_it_by_default_is_ours_multiplied_by_the_ratio(aggregate, case):
+    (batch, output), padded = case.packed(), case.padded("logprobs")
+    keys = {"loss_type": LOSSES[aggregate], "beta": 0.3, "use_bias_correction_kl": True}
+    theirs, reported = policy_loss(case, padded, **keys)
+    grpo = build(GRPO, aggregate=aggregate, kl=0.3, kl_unbiased=True)
+    agree_with_gradients(case, total(grpo, batch, output), output.logprobs, theirs, padded)
+    agree(means(grpo, batch, output)["kl/ref"], reported["kl"])
+    ppo = build(PPO, aggregate=aggregate, kl=0.3, kl_in="loss", kl_estimator="k3", kl_unbiased=True)
+    agree_with_gradients(case, total(ppo, batch, output), output.logprobs, theirs, padded)
+
+
+def test_without_the_key_k3_is_not_multiplied_by_the_ratio():
     _, reported = policy_loss(FAR, FAR.padded("logprobs"), beta=0.3, use_bias_correction_kl=True)
     for estimator in ("k1", "k2", "k3"):
         differ(means(build(GRPO, kl=0.3, kl_estimator=estimator), *FAR.packed())["kl/ref"], reported["kl"])
@@ -143,6 +157,23 @@ def test_with_a_loss_over_sequences_the_entropy_bonus_is_not_trls():
 # -- leave one out -----------------------------------------------------------------------------------------------------
 
 
+def rloo_loss(case: Case, padded: torch.Tensor) -> torch.Tensor:
+    of = trainer(case)
+    of._get_per_token_logps_and_entropies = lambda *args, **options: (padded, padded, None)
+    none = torch.zeros(len(case.masks), 1, dtype=torch.long)
+    inputs = {"prompt_ids": none, "prompt_mask": none, "completion_ids": case.mask.long(), "completion_mask": case.mask}
+    inputs |= {"advantages": case.advantage, "old_logps": case.padded("old").sum(1)}
+    return rloo.RLOOTrainer._compute_loss(of, None, inputs)
+
+
+@examples
+@given(cases(gaps=False))
+def test_the_clipped_ratio_of_a_whole_sequence_is_trls_rloo_with_its_gradient(case):
+    (batch, output), padded = case.packed(), case.padded("logprobs")
+    ours = total(build(GRPO, variant="rloo", loss="sequence", aggregate="sequence"), batch, output)
+    agree_with_gradients(case, ours, output.logprobs, rloo_loss(case, padded), padded)
+
+
 @examples
 @given(cases(gaps=False))
 def test_rloo_has_trls_gradient_at_a_steps_first_update_but_for_a_constant(case):
@@ -151,12 +182,8 @@ def test_rloo_has_trls_gradient_at_a_steps_first_update_but_for_a_constant(case)
     TRL sums a sequence's tokens, we divide the sum by the most tokens there can be; its tokens are all the policy's.
     """
     case.rows["old"] = case.rows["logprobs"]
-    (batch, output), padded, of = case.packed(), case.padded("logprobs"), trainer(case)
-    of._get_per_token_logps_and_entropies = lambda *args, **options: (padded, padded, None)
-    none = torch.zeros(len(case.masks), 1, dtype=torch.long)
-    inputs = {"prompt_ids": none, "prompt_mask": none, "completion_ids": case.mask.long(), "completion_mask": case.mask}
-    inputs |= {"advantages": case.advantage, "old_logps": case.padded("old").sum(1)}
-    theirs = rloo.RLOOTrainer._compute_loss(of, None, inputs)
+    (batch, output), padded = case.packed(), case.padded("logprobs")
+    theirs = rloo_loss(case, padded)
     ours = total(build(GRPO, variant="rloo"), batch, output)
     mine, their = torch.autograd.grad(ours, output.logprobs)[0], torch.autograd.grad(theirs, padded)[0]
     agree(case.repad(mine) * MAX_TOKENS, their)

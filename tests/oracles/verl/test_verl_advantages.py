@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import Case, agree, build, cases, differ, examples
 from hypothesis import given
+from hypothesis import strategies as st
 from miles_plugin_grpo import GRPO
 from verl_reference import advantages, functional
 
@@ -69,6 +70,13 @@ GROUPS = {"grpo": "grpo", "dr_grpo": "grpo", "rloo": "rloo"}
 def test_a_group_of_one_has_advantage_0_and_in_verl_its_reward(variant):
     assert ours(ALONE, variant=variant).tolist() == [0.0]
     agree_on_tokens(ALONE, torch.tensor(ALONE.rewards, dtype=torch.float64), advantages(ALONE, GROUPS[variant]))
+
+
+@pytest.mark.parametrize("variant", GROUPS)
+@examples
+@given(case=st.builds(Case, st.lists(st.just([(1, [True, True])]), min_size=2, max_size=4), st.integers(0, 2**31)))
+def test_a_group_of_one_has_its_reward_where_the_key_says_so_as_in_verl(variant, case):
+    agree_on_tokens(case, ours(case, variant=variant, alone="reward"), advantages(case, GROUPS[variant]))
 
 
 def test_a_group_of_one_has_advantage_0_in_verls_other_form_of_rloo_too():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, agree, agree_with_gradients, build, cases, differ, examples, total
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from miles_core.edges.correction import Correction
 from miles_core.types import Batch
@@ -66,6 +66,38 @@ def test_a_mask_keeps_what_verls_rejection_keeps_its_bounds_being_of_the_inverse
     agree(case.repad(found > 0) * case.mask, kept)
 
 
+@examples
+@given(case=cases(), bounds=bounds)
+def test_tokens_keep_weights_of_their_own_where_verls_rejection_keeps_their_sequence(case, bounds):
+    """What NeMo-RL calls seq-mask-tis: here of verl's weights, which nothing truncates, and of its rejection."""
+    batch, _ = case.packed()
+    keys = {"outside": "mask", "gate": "geometric", "lower": bounds[0], "upper": bounds[1]}
+    inverse = f"{1 / bounds[1]}_{1 / bounds[0]}"
+    kept, _ = helper.compute_rollout_rejection_mask(gaps(case), case.mask, "seq_mean_k1", inverse)
+    agree(case.repad(weigh(batch, **keys)) * case.mask, weights(case, "token", 1e9) * kept)
+
+
+@pytest.mark.parametrize("denominator", ["token", "sequence"])
+@examples
+@given(case=cases(), bounds=bounds)
+def test_a_mean_over_what_is_kept_is_verls_with_its_gradient_whose_rejection_shrinks_the_mask(
+    denominator, case, bounds
+):
+    """Of both, a sequence of which nothing is kept counts as one: verl is told how many there are."""
+    (batch, output), padded = case.packed(), case.padded("logprobs")
+    keys = {"outside": "mask", "denominator": denominator, "lower": bounds[0], "upper": bounds[1]}
+    correction = build(Correction, batch={"old_logprobs": "both"}, **keys)
+    correction.miles_normalize([batch], lambda x: x)
+    weigh(batch, **keys)
+    inverse = f"{1 / bounds[1]}_{1 / bounds[0]}"
+    kept, _ = helper.compute_rollout_rejection_mask(gaps(case), case.mask, "token_k1", inverse)
+    given = {"weights": weights(case, "token", 1e9), "mask": kept, "sequences": len(case.masks)}
+    theirs, _ = policy_loss(case, padded, denominator, **given)
+    ours = total(build(GRPO, aggregate=denominator), batch, output)
+    assume(kept.any())
+    agree_with_gradients(case, ours, output.logprobs, theirs, padded)
+
+
 @pytest.mark.parametrize("loss", ["clip", "cispo"])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @levels
@@ -105,9 +137,12 @@ def test_gspo_weighed_by_token_is_verls_in_value_but_verl_keeps_the_weight_of_ea
     theirs, _ = policy_loss(FAR, padded, "sequence", loss="gspo", **given)
     ours = total(build(GRPO, loss="gspo", clip_low=0.9, clip_high=5.0), batch, output)
     agree(ours, theirs)
-    mine, their = torch.autograd.grad(ours, output.logprobs)[0], torch.autograd.grad(theirs, padded)[0]
+    mine = torch.autograd.grad(ours, output.logprobs)[0]
+    their = torch.autograd.grad(theirs, padded, retain_graph=True)[0]
     differ(FAR.repad(mine), their)
     agree(FAR.repad(mine).sum(1), their.sum(1))
+    verls = total(build(GRPO, loss="gspo_token", clip_low=0.9, clip_high=5.0), batch, output)
+    agree_with_gradients(FAR, verls, output.logprobs, theirs, padded)
 
 
 def test_a_masked_token_stays_in_the_denominator_where_verls_rejection_takes_it_out():

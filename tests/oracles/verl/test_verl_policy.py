@@ -66,6 +66,17 @@ def test_gspo_is_verls_with_its_gradient(aggregate, case):
 
 @aggregates
 @examples
+@given(case=cases())
+def test_gspo_by_token_is_verls_where_tokens_have_advantages_of_their_own(aggregate, case):
+    grpo = build(GRPO, variant="gspo", loss="gspo_token", aggregate=aggregate, clip_high=0.1)
+    (batch, output), padded = case.packed(advantage="token_advantage"), case.padded("logprobs")
+    keys = {"clip_low": 3e-4, "clip_high": 0.1, "advantage": case.padded("token_advantage")}
+    theirs, _ = policy_loss(case, padded, aggregate, loss="gspo", **keys)
+    agree_with_gradients(case, total(grpo, batch, output), output.logprobs, theirs, padded)
+
+
+@aggregates
+@examples
 @given(cases(), bounds)
 def test_cispo_is_verls_with_its_gradient_both_bounds_being_distances_from_1(aggregate, case, clips):
     keys = {"clip_low": clips[0], "clip_high": clips[1]}
@@ -111,6 +122,18 @@ def test_k3_far_from_the_reference_goes_on_where_verl_stops_at_10():
     near, far = torch.tensor([-1.0, -4.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     agree(divergence(near, far, "k3"), [math.exp(1) - 2, math.exp(4) - 5])
     agree(algos.kl_penalty(near, far, "k3"), [math.exp(1) - 2, 10.0])
+
+
+@aggregates
+@examples
+@given(case=st.builds(Case, st.just([[(1, [True] * 4)] * 3]), st.integers(0, 2**31), st.just(3.0)))
+def test_k3_with_a_cap_of_10_is_verls_with_its_gradient(aggregate, case):
+    keys = {"aggregate": aggregate, "kl": 0.3, "kl_estimator": "k3", "kl_cap": 10.0}
+    (batch, output), padded = case.packed(), case.padded("logprobs")
+    found = algos.kl_penalty(padded, case.padded("ref"), "k3")
+    theirs = policy_loss(case, padded, aggregate)[0] + 0.3 * aggregated(found, case.mask, aggregate)
+    for plugin in (build(GRPO, **keys), build(PPO, kl_in="loss", **keys)):
+        agree_with_gradients(case, total(plugin, batch, output), output.logprobs, theirs, padded)
 
 
 def test_k1_and_k2_stop_where_exponentials_would_overflow_and_verls_go_on():

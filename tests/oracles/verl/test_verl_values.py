@@ -105,6 +105,13 @@ def test_whitening_is_over_n_minus_1_as_in_verl_or_over_n(variance, case):
     agree(step(case, build(PPO, whiten_variance=variance))[0], theirs * case.mask)
 
 
+def test_a_step_of_one_token_has_advantage_0_where_verl_raises():
+    case = Case([[(1, [True])]], seed=0)
+    assert step(case, build(PPO))[0].tolist() == [[0.0]]
+    with pytest.raises(ValueError, match="At least one element|sum of the mask"):
+        functional.masked_whiten(case.padded("values"), case.mask)
+
+
 # -- the critic --------------------------------------------------------------------------------------------------------
 
 
@@ -153,3 +160,6 @@ def test_the_controller_sees_a_mean_over_tokens_and_verls_one_over_sequences(len
         controller.update(found[over], len(lengths))
     agree(ppo.beta, theirs["tokens"].value)
     (agree if lengths[0] == lengths[1] else differ)(ppo.beta, theirs["sequences"].value)
+    verls = build(PPO, kl=0.5, kl_estimator="k3", kl_target=target, kl_horizon=10, kl_mean="sequence")
+    step(case, verls)
+    agree(verls.beta, theirs["sequences"].value)

@@ -38,6 +38,7 @@ def policy_loss(
     advantage: Tensor | None = None,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    sequences: int | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = NO_DUAL_CLIP,
@@ -50,7 +51,7 @@ def policy_loss(
         clip_ratio_low=clip_low,
         clip_ratio_high=clip_high,
         clip_ratio_c=dual_clip,
-        global_batch_info={"loss_scale_factor": MAX_TOKENS},
+        global_batch_info={"loss_scale_factor": MAX_TOKENS, "global_batch_size": sequences},
     )
     return algos.get_policy_loss_fn(loss)(
         old_log_prob=case.padded("old"),

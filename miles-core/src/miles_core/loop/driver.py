@@ -141,7 +141,7 @@ class Loop:
             if folder:  # a checkpoint counts only after its step was told of: a resumed run will not do it again
                 self.saving = asyncio.ensure_future(self.commit(folder, pickle.loads(pickle.dumps(self.state))))
             await self.rollouts.move(step)
-        await insist(self.hooks.progress, everyone, self.fleet.ranks, "save_hf", str(self.run_dir / "model"))
+        await insist(self.hooks.progress, everyone, self.fleet.trainers, "save_hf", str(self.run_dir / "model"))
         await self.saved()
         self.hooks.progress(text=f"the trained model is in {self.run_dir / 'model'}")
 

@@ -32,8 +32,7 @@ class TrainingRank:
         self._hooks = manifest.registry("trainer")
         self._run = self._hooks.run
         self._rank, self._world, self._roles, self._columns = rank, world, roles, columns
-        trained = [name for name, role in self._roles.items() if role.trained]
-        self._trained = sorted(trained, key=lambda name: name == "policy")  # it learns from what the others say
+        self._trained = sorted((name for name in roles if roles[name].trained), key="policy".__eq__)  # it goes last
         self._models: dict[str, Model] = {}
         self._behind = Behind()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,11 +60,9 @@ class TrainingRank:
     def train(self, step: int, updates: list[list[Update]], given: Given | None) -> dict[str, float]:
         """Consumes this step's updates, one entry per data-parallel rank each; produces the metrics of this rank.
 
-        Metrics are shares of a global mean: the driver adds them up over the ranks that report. ``given`` are columns
-        that other teams computed.
+        Metrics are shares of a global mean, which the driver adds up. ``given`` are columns that other teams computed.
         """
-        began = time.perf_counter()
-        batches = self._batches(updates, given)
+        began, batches = time.perf_counter(), self._batches(updates, given)
         names = [name for name in self._trained if step >= self._roles[name].start]
         self._prepare(batches, names)
         meter = Meter(len(batches) * self._run.batch.epochs)
@@ -81,7 +78,9 @@ class TrainingRank:
         batches, meter = self._batches(updates, given), Meter(1)
         self._prepare(batches, [], ["policy"])
         if self._layout.last_stage:
+            remembered = self._hooks.state()  # of what is trained on
             self._hooks.normalize(batches=batches[0], total=self._models["policy"].total)
+            self._hooks.restore(state=remembered)
             for batch in batches[0]:
                 self._loss("policy", batch, Output(logprobs=batch.old_logprobs), meter)
         return meter.read() if self._layout.reports else {}
@@ -225,4 +224,5 @@ class TrainingRank:
         return Path(folder) / next(iter(self._models)) / f"state-{self._rank}.json"  # of the plugins on this rank
 
     def save_hf(self, folder: str) -> None:
-        self._models["policy"].save_hf(Path(folder))
+        for name in self._trained:
+            self._models[name].save_hf(Path(folder).with_name("model" if name == "policy" else name))

@@ -34,7 +34,7 @@ class Megatron(Plugin):
         return dict(self.config.model_extra or {})
 
     @hookimpl
-    def miles_check(self, complain: Complain, roles: dict[str, Role]) -> None:
+    def miles_check(self, complain: Complain, tables: dict[str, Any], roles: dict[str, Role]) -> None:
         from . import arguments, need
         from .roles import check_roles
         from .stored import check_weights
@@ -45,7 +45,7 @@ class Megatron(Plugin):
         if not any(key == "model.path" for key, _ in found):
             for message in check_weights(self.run.model.path):
                 complain("model.path", message)
-        check_roles(roles, self.table, self.run, complain)
+        check_roles(roles, self.table, self.run, complain, tables.get(self.run.algorithm))
         if not found and self.run.placement.layout != "cpu":
             need.check(self.table, self.run, roles, complain)
 
@@ -98,7 +98,7 @@ class Megatron(Plugin):
                 if device.has_gpu():
                     memory.check(name, memory.need(args, module, role.trained))
                 trained = build.trained(args, module) if role.trained else None
-                built = model.MegatronModel(name, args, folder, module, trained, shared)
+                built = model.MegatronModel(name, args, folder, module, trained, shared, role.head)
                 if role.trained and self.run.checkpoint.every:
                     built.saves_often()
                 whole: Model = built

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sqlite3
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ import torch.distributed as dist
 from megatron.core import mpu
 from torch import Tensor
 
-from ...types import Batch, Layout, Output
+from ...types import Batch, Layout, Output, Refused
 from ..protocols import Forward
 from . import device
 from .model import MegatronModel, layout
 
 BLOCK, STRIDE = 4 << 10, 1 << 20  # of a weights file, so much is read of every so many bytes
 SMALL = 64 << 20  # and all of it up to this size, where the stride could miss every weight
+WAIT_S = 60  # seconds for another run's turn to end; it lasts as long as a step's sequences take to be written
+_BROKEN = "{} is damaged ({}); delete it: what it held is computed again"
 
 
 def digest(folder: Path, args: Namespace) -> str:
@@ -85,20 +88,21 @@ class CachedModel:
         found = {key: row for share in shares for key, row in share.items()}
         self._table |= found
         if self._writes:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with sqlite3.connect(self._file) as database:
-                database.execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, logprobs BLOB)")
+            with _named(self._file):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            with _database(self._file) as database:
                 rows = ((key, row.tobytes()) for key, row in found.items())
                 database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", rows)
-            database.close()
 
     def _read(self) -> dict[bytes, Any]:
         if not self._file.exists():
             return {}
-        with sqlite3.connect(self._file) as database:
+        with _database(self._file) as database:
             rows = database.execute("SELECT key, logprobs FROM rows").fetchall()
-        database.close()
-        return {key: np.frombuffer(row, np.float32) for key, row in rows}
+        try:
+            return {key: np.frombuffer(row, np.float32) for key, row in rows}
+        except (TypeError, ValueError):
+            raise Refused(_BROKEN.format(self._file, "a row is no array")) from None
 
     def _everywhere(self, table: dict[bytes, Any]) -> dict[bytes, Any]:
         """The table of the rank that writes."""
@@ -135,6 +139,30 @@ class CachedModel:
     def save_hf(self, folder: Path) -> None:
         """Raises ValueError: it is what it was."""
         raise ValueError(f"{self.name} is frozen; copy its folder")
+
+
+@contextmanager
+def _database(file: Path) -> Iterator[sqlite3.Connection]:
+    """Its one table is there; what was written counts unless something was raised. Runs that share it take turns."""
+    with _named(file), closing(sqlite3.connect(file, timeout=WAIT_S)) as database, database:
+        database.execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, logprobs BLOB)")
+        yield database
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Raises Refused, with the file and what to do about it, where SQLite or the disk says no."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise Refused(f"{file} cannot be read or written ({error}); look at its disk and its rights") from None
+        what = f"another run that shares it has held it for {WAIT_S} s"
+        raise Refused(f"{file} is locked: {what}; resume when that is done, or name a folder of its own") from None
+    except sqlite3.DatabaseError as error:
+        raise Refused(_BROKEN.format(file, error)) from None
+    except OSError as error:
+        raise Refused(f"{file} cannot be written ({error.strerror}); look at its disk and its rights") from None
 
 
 def _keys(batch: Batch) -> list[bytes]:

@@ -20,6 +20,7 @@ from ..protocols import Forward
 from . import checkpoint, device, hf, memory, weights
 from .build import Trained
 from .forward import unwrapped
+from .names import Head
 from .need import GB
 
 
@@ -37,9 +38,10 @@ class MegatronModel:
         module: torch.nn.Module,
         trained: Trained | None,
         shared: bool = False,
+        head: Head = "token",
     ) -> None:
         """``shared``: an engine uses the same GPU, in turns; ``export`` begins its turn, training ends it."""
-        self.name, self.folder, self.shared = name, folder, shared
+        self.name, self.folder, self.shared, self.head = name, folder, shared, head
         self.module = unwrapped(module)
         self._args, self._trained = args, trained
         self._whole = trained.ddp if trained else module
@@ -49,7 +51,7 @@ class MegatronModel:
         self._saver = checkpoint.Saver(self.module, trained)
         settle = self._saver.snapshot.settle
         self._turns = memory.Turns(trained, self._needs, settle) if trained and shared else None
-        self._export: weights.Export | None = None  # once it is asked for: a critic has no names to export
+        self._export: weights.Export | None = None  # once it is asked for: of a critic nobody does
 
     def total(self, tensor: Tensor) -> Tensor:
         """See ``types.Model.total``."""
@@ -174,7 +176,7 @@ class MegatronModel:
     def save_hf(self, folder: Path) -> None:
         """See ``types.Model.save_hf``."""
         with device.running(), torch.no_grad():
-            weights.save_hf(self.module, self.folder, folder)
+            weights.save_hf(self.module, self.folder, folder, self.head)
 
 
 def layout() -> Layout:

@@ -180,9 +180,9 @@ def _parts(fusion: Fusion, ranks: int, length: int) -> list[_Part]:
 class Export:
     """What ``export_weights`` needs to know of a module, found once: looking names up takes longer than sending."""
 
-    def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: dict[str, Any], head: Head = "token") -> None:
         """``config`` is the parsed ``config.json``. Raises Refused for a parameter without a Hugging Face name."""
-        names, (self._rank, self._ranks) = Names(config), _tensor_parallel()
+        names, (self._rank, self._ranks) = Names(config, head), _tensor_parallel()
         try:
             found = [
                 (_fusion(names, name, parameter, self._ranks), parameter) for name, parameter in parameters(module)
@@ -221,9 +221,10 @@ def export_weights(
     config: dict[str, Any],
     value: Callable[[nn.Parameter], Tensor] | None = None,
     everywhere: bool = False,
+    head: Head = "token",
 ) -> Iterator[tuple[str, Tensor]]:
-    """``Export(module, config).tensors(value, everywhere)``. Raises Refused before the first tensor."""
-    yield from Export(module, config).tensors(value, everywhere)
+    """``Export(module, config, head).tensors(value, everywhere)``. Raises Refused before the first tensor."""
+    yield from Export(module, config, head).tensors(value, everywhere)
 
 
 def _gather(shard: Tensor, everywhere: bool) -> list[Tensor]:
@@ -255,9 +256,10 @@ def _take_apart(fusion: Fusion, parts: list[_Part], shards: list[Tensor]) -> Ite
         yield name, found[0] if len(found) == 1 else torch.cat(found, fusion.dim)
 
 
-def save_hf(module: nn.Module, source: Path, folder: Path) -> None:
+def save_hf(module: nn.Module, source: Path, folder: Path, head: Head = "token") -> None:
     """Write the weights to ``folder`` with the configuration and tokenizer of ``source``, whole or not at all.
 
+    A head of values is the tensor ``score.weight``, as ``load_weights`` reads it.
     Every rank calls it. Each pipeline stage writes its own files, so ``folder`` must be one that all machines see. A
     folder found there is replaced. Raises OSError on every rank when one of them could not write, and can then be
     called again.
@@ -269,7 +271,7 @@ def save_hf(module: nn.Module, source: Path, folder: Path) -> None:
     first = dist.get_rank() == 0
     _on_every_rank(lambda: _prepare(writing) if first else None)
     try:
-        written = _on_every_rank(lambda: _write(export_weights(module, config), writing))
+        written = _on_every_rank(lambda: _write(export_weights(module, config, head=head), writing))
         _on_every_rank(lambda: _finish(written, config, source, writing, folder) if first else None)
     finally:
         if first:
