@@ -1,6 +1,7 @@
 """The kit's checks on every way in which the algorithm puts its parts together."""
 
-from miles_core.testing import AlgorithmChecks
+import pytest
+from miles_core.testing import AlgorithmChecks, LayoutChecks
 from miles_plugin_ppo import PPO
 
 
@@ -17,3 +18,9 @@ class TestDivergenceInTheReward(AlgorithmChecks):
 class TestDivergenceInTheLoss(AlgorithmChecks):
     plugin = PPO
     keys = {"kl": 0.05, "kl_in": "loss", "kl_estimator": "k3", "aggregate": "sequence", "value_clip": 0}
+
+
+@pytest.mark.slow
+class TestOnSeveralRanks(LayoutChecks):
+    plugin = PPO
+    keys = {"kl": 0.05, "kl_target": 0.02}

@@ -25,6 +25,7 @@ from ..edges.protocols import WorkerDied, both, everyone
 from ..pacing import WatchedCluster, times
 from ..packing import deal
 from ..plugins import Manifest, Registry
+from ..samples import credit
 from ..types import Group, Refused
 from .fleet import Fleet, start
 from .rollouts import Rollouts
@@ -176,9 +177,7 @@ class Loop:
         return await self.fleet.push(verify=False, sent=sent), rested, time.perf_counter()
 
     def score(self, groups: list[Group]) -> None:
-        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
-            for sample, score in zip(group.samples, scores, strict=True):
-                sample.score = score
+        credit(groups, self.hooks.score(groups=groups), self.hooks.owner["miles_score"])
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.run.steps)
