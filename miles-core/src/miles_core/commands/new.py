@@ -42,7 +42,7 @@ def command(what: str, name: str) -> None:
         raise Refused(f"{name!r} is no name for a plugin; take lower-case letters, digits and single underscores")
     if name in RunConfig.model_fields or name in installed():
         raise Refused(f"{name!r} is taken, by {installed()[name].dist if name in installed() else 'a table of core'}")
-    if re.search(rf"\b{title}\b", template("plugin.py")):
+    if title in re.findall(r"\w+", " ".join(re.findall(r"\bimport (.+)", template("plugin.py") + template("test.py")))):
         raise Refused(f"{name!r} is taken: a class {title} would hide the {title} that its own module imports")
     if folder.exists():
         raise Refused(f"{folder} is there already; remove it, or take another name")

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
@@ -27,9 +28,15 @@ def registry(place: Any, name: str, plugin: type[Plugin], keys: dict[str, Any], 
     """``plugin`` as the algorithm beside what core brings, as a process of that place sees it."""
     plugins: dict[str, Plugin] = {name: plugin(plugin.Config.model_validate(keys), run)}
     for builtin in BUILTIN:
-        cls = installed()[builtin].load()
+        cls = _brought(builtin)
         plugins[builtin] = cls(cls.Config(), run)
     return Registry(place, plugins, run.model_copy(update={"algorithm": name}))
+
+
+@cache
+def _brought(name: str) -> type[Plugin]:
+    """Loading one checks its hooks, which is most of the time that a registry takes."""
+    return installed()[name].load()
 
 
 def groups(seed: int, size: int, given: bool, most: int = 7) -> list[Group]:

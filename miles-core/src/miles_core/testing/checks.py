@@ -109,29 +109,32 @@ class AlgorithmChecks(Subject):
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_micro_batches_change_no_gradient(self, seed: int) -> None:
-        same(self.case(seed).deal(ranks=1, budget=10**6), self.case(seed).deal(ranks=1, budget=12))
+        case = self.case(seed)
+        same(case.deal(ranks=1, budget=10**6), case.deal(ranks=1, budget=12))
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_the_order_of_packing_changes_no_gradient(self, seed: int) -> None:
-        same(self.case(seed).deal(ranks=1, budget=30), self.case(seed).deal(ranks=1, budget=30, backwards=True))
+        case = self.case(seed)
+        same(case.deal(ranks=1, budget=30), case.deal(ranks=1, budget=30, backwards=True))
 
     @pytest.mark.parametrize("seed", SEEDS)
     @pytest.mark.parametrize("ranks", [2, 3])
     def test_data_parallel_ranks_change_no_gradient(self, seed: int, ranks: int) -> None:
-        same(self.case(seed).deal(ranks=1, budget=10**6), self.case(seed).deal(ranks=ranks, budget=20))
+        case = self.case(seed)
+        same(case.deal(ranks=1, budget=10**6), case.deal(ranks=ranks, budget=20))
 
     def test_something_has_a_gradient(self) -> None:
-        dealt = self.case(1).deal(ranks=1, budget=10**6)
-        for role, of in self.case(1).roles.items():
-            if of.trained:
-                gradients = [g for sample in dealt.gradients.get(role, {}).values() for g in sample]
-                assert any(gradients), f"no token of {role} has a gradient"
+        case = self.case(1)
+        dealt = case.deal(ranks=1, budget=10**6)
+        for role in case.trained:
+            gradients = [g for sample in dealt.gradients.get(role, {}).values() for g in sample]
+            assert any(gradients), f"no token of {role} has a gradient"
 
     def test_an_empty_micro_batch_adds_nothing(self) -> None:
         """Ranks that have less data than others run such, in step with them."""
         for role, share in self.case(1).alone([]).items():
-            assert float(share.loss.detach()) == 0.0, f"the loss of {role} is {float(share.loss.detach())}"
-            assert not any(share.metrics.values()), f"metrics of {role} are {share.metrics}"
+            for name, number in {"loss": share.loss, **share.metrics}.items():
+                assert float(number.detach()) == 0.0, f"the {name} of {role} is {float(number.detach())}"
             assert share.backward() == []
 
     def test_samples_that_the_policy_wrote_nothing_of_stay_finite(self) -> None:
