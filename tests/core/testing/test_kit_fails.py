@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
+from textwrap import indent
 
 import kit_cases
 import pytest
 from miles_core.testing import AlgorithmChecks
 from miles_core.types import Refused
 
+DOCS = Path(__file__).parents[3] / "docs"
 QUICK = [name for name in dir(AlgorithmChecks) if name.startswith("test_") and name != "test_one_real_step_trains"]
 PACKING = {
     "test_micro_batches_change_no_gradient",
@@ -19,9 +23,9 @@ PACKING = {
 NOTHING_WRITTEN = "test_samples_that_the_policy_wrote_nothing_of_stay_finite"
 
 
-def failures(plugin: type) -> dict[str, str]:
+def failures(plugin: type, **more: object) -> dict[str, str]:
     """Which checks of ``plugin`` fail for some of their parameters, and what the first of those says."""
-    checks = type("Checks", (AlgorithmChecks,), {"plugin": plugin})()
+    checks = type("Checks", (AlgorithmChecks,), {"plugin": plugin, **more})()
     found: dict[str, str] = {}
     for name in QUICK:
         check = getattr(checks, name)
@@ -41,6 +45,24 @@ def test_every_check_is_tried() -> None:
 @pytest.mark.parametrize("plugin", [kit_cases.Good, kit_cases.Remembers], ids=lambda plugin: plugin.__name__)
 def test_an_algorithm_that_keeps_to_everything_passes(plugin: type) -> None:
     assert failures(plugin) == {}
+
+
+def written_on(page: str) -> type:
+    """The algorithm for pairs that a page shows, whole or as a class's lines."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "def miles_units" in block]
+    if "class " not in code:
+        code = "from torch.nn.functional import logsigmoid\n\nclass Pairs(Good):\n" + indent(code, "    ")
+    space = {"__name__": "kit_cases"} | {name: getattr(kit_cases, name) for name in ("Good", "hookimpl", "Loss")}
+    exec("from __future__ import annotations\n" + code.replace("from __future__ import annotations\n", ""), space)
+    return next(value for name, value in space.items() if name in ("Pairs", "Orpo") and isinstance(value, type))
+
+
+def test_the_pairs_of_the_pages_keep_to_everything() -> None:
+    settings = {"data.responses": ["answer", "wrong"], "batch.group_size": 2}
+    assert failures(written_on("strangers.md"), file="orpo.py", settings=settings) == {}
+    found = failures(written_on("tutorial.md"), file="pairs.py", settings=settings)
+    assert found == {}
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,8 @@ def descended(row: dict[str, float]) -> dict[str, float]:
 
 def finite(numbers: dict[str, float]) -> None:
     """Raise AssertionError naming those that are not."""
-    assert all(map(math.isfinite, numbers.values())), ", ".join(
-        f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)
-    )
+    wrong = [f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)]
+    assert not wrong, ", ".join(wrong)
 
 
 def same(one: Dealt, other: Dealt, which: str = "") -> None:
