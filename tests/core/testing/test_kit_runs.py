@@ -93,9 +93,7 @@ def test_a_vector_for_a_loss_is_named(miles_run: Callable[..., Finished], tmp_pa
     assert done.status == 2 and "plugin mine: miles_loss answered a Loss of shape" in done.said
 
 
-def test_the_check_of_a_real_step_passes_and_fails(
-    miles_run: Callable[..., Finished], tmp_path: Path
-) -> None:
+def test_the_check_of_a_real_step_passes_and_fails(miles_run: Callable[..., Finished], tmp_path: Path) -> None:
     checks(AlgorithmChecks, write(tmp_path)).test_one_real_step_trains(miles_run)
     with pytest.raises(AssertionError, match="grad_norm|0.0 > 0"):
         checks(AlgorithmChecks, write(tmp_path, more=" * 0")).test_one_real_step_trains(miles_run)

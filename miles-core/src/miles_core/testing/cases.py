@@ -19,7 +19,7 @@ from ..types import Column, Group, Role, Sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..types import Batch, Output
+    from ..types import Batch
 
 RANGES = {"logprobs": (-2.0, -0.01), "entropy": (0.0, 2.0)}  # of what a model says; values may be anything
 

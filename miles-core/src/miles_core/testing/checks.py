@@ -92,7 +92,7 @@ class AlgorithmChecks(Subject):
         assert self.plugin.Config.model_validate_json(config.model_dump_json()) == config
 
     def test_its_state_survives_a_restart(self) -> None:
-        """Driver and trainer take a step, and their state goes to others through JSON, which take the next step alike."""
+        """Driver and trainer take a step, their state goes to others through JSON, which take the next one alike."""
         old, new = cache(self.build), cache(self.build)  # a process of each place, that lives through several steps
         first = self.case(1, old)
         first.deal(ranks=1, budget=10**6)
@@ -195,7 +195,8 @@ def same(one: Dealt, other: Dealt, which: str = "") -> None:
     explains."""
     for dealt in (one, other):
         finite(dealt.numbers)
-        finite({f"the gradient of {r} on {s}": sum(map(abs, g)) for r, of in dealt.gradients.items() for s, g in of.items()})
+        for role, samples in dealt.gradients.items():
+            finite({f"the gradient of {role} on {sample}": sum(map(abs, g)) for sample, g in samples.items()})
     assert one.numbers.keys() == other.numbers.keys()
     for name, number in one.numbers.items():
         message = f"{name} {which}differs: it must be a sum, over what it is said to be a sum over"

@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
 class Finished:
     """What a run left: its exit status, what it said of an error, and what is in its folder.
 
-    ``calls`` counts how often a hook was called in a place, ("trainer", "miles_loss"), over all processes of that place.
+    ``calls`` counts how often a hook was called in a place, ("trainer", "miles_loss"), over all processes of a place.
     A wrapped hook counts once, and so does one that raised."""
 
     status: int
