@@ -11,6 +11,7 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 import nox
@@ -229,19 +230,19 @@ def third_party(session: nox.Session) -> None:
         trained(session, 0.75)  # it was seen to reach 0.87
 
 
-@nox.session
+@nox.session(reuse_venv=False)  # where an older probe is installed, its name is taken
 def new_plugin(session: nox.Session) -> None:
     """What `miles new plugin` writes, far from this checkout: installed beside core's wheel, tested, trained."""
     (core,) = wheels(session, "miles-core")
     prepare(session, "--reinstall-package=miles-core", str(core))
-    package = Path(session.create_tmp()).resolve() / "miles-plugin-probe"
-    shutil.rmtree(package, ignore_errors=True)
-    with session.chdir(package.parent):
-        session.run("miles", "new", "plugin", "probe")
-    session.install(*CONSTRAINTS, "--reinstall-package=miles-plugin-probe", f"{package}[test]")
-    with session.chdir(package):
-        session.run("pytest", "-p", "no:cacheprovider")
-        trained(session, 0.9, "steps=80")  # it was seen to reach 1.00 in 60 of its 120
+    with TemporaryDirectory() as far:  # where no file of this checkout is above it, pytest's settings neither
+        with session.chdir(far):
+            session.run("miles", "new", "plugin", "probe")
+        package = Path(far) / "miles-plugin-probe"
+        session.install(*CONSTRAINTS, "--reinstall-package=miles-plugin-probe", f"{package}[test]")
+        with session.chdir(package):
+            session.run("pytest")
+            trained(session, 0.9, "steps=80")  # it was seen to reach 1.00 in 60 of its 120
 
 
 @nox.session
