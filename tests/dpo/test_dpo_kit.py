@@ -1,6 +1,7 @@
 """The kit's checks on every way in which the algorithms put their parts together."""
 
-from miles_core.testing import AlgorithmChecks
+import pytest
+from miles_core.testing import AlgorithmChecks, LayoutChecks
 from miles_plugin_dpo import DPO
 from miles_plugin_dpo.sft import SFT
 
@@ -43,4 +44,16 @@ class TestDemonstrations(AlgorithmChecks):
 class TestDemonstrationsWithoutAnEngine(AlgorithmChecks):
     plugin = SFT
     keys = {"aggregate": "sequence"}
+    settings = {"data.responses": ["answer"], "batch.group_size": 1, "placement.engines": 0}
+
+
+@pytest.mark.slow
+class TestPairsOnSeveralRanks(LayoutChecks):
+    plugin = DPO
+    settings = PAIRS
+
+
+@pytest.mark.slow
+class TestDemonstrationsOnSeveralRanks(LayoutChecks):
+    plugin = SFT
     settings = {"data.responses": ["answer"], "batch.group_size": 1, "placement.engines": 0}

@@ -1,6 +1,7 @@
 """The kit's checks on every way in which the algorithm puts its parts together."""
 
-from miles_core.testing import AlgorithmChecks
+import pytest
+from miles_core.testing import AlgorithmChecks, LayoutChecks
 from miles_plugin_grpo import GRPO
 
 
@@ -41,3 +42,9 @@ class TestCispo(AlgorithmChecks):
 class TestWhitened(AlgorithmChecks):
     plugin = GRPO
     keys = {"variant": "reinforce_pp_baseline"}
+
+
+@pytest.mark.slow
+class TestOnSeveralRanks(LayoutChecks):
+    plugin = GRPO
+    keys = {"variant": "reinforce_pp_baseline"}  # whitens over the tokens of all ranks

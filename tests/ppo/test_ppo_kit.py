@@ -1,6 +1,10 @@
 """The kit's checks on every way in which the algorithm puts its parts together."""
 
-from miles_core.testing import AlgorithmChecks
+from typing import Any
+
+import pytest
+from miles_core import hookimpl
+from miles_core.testing import AlgorithmChecks, LayoutChecks
 from miles_plugin_ppo import PPO
 
 
@@ -22,3 +26,23 @@ class TestDivergenceOfSequences(AlgorithmChecks):
 class TestDivergenceInTheLoss(AlgorithmChecks):
     plugin = PPO
     keys = {"kl": 0.05, "kl_in": "loss", "kl_estimator": "k3", "aggregate": "sequence", "value_clip": 0}
+
+
+@pytest.mark.slow
+class TestOnSeveralRanks(LayoutChecks):
+    plugin = PPO
+    keys = {"kl": 0.05, "kl_target": 0.02}
+
+
+def test_a_controller_that_does_not_come_back_is_found() -> None:
+    class Forgets(PPO):
+        @hookimpl
+        def miles_restore(self, state: dict[str, Any]) -> None:
+            pass
+
+    class Checks(AlgorithmChecks):
+        plugin = Forgets
+        keys = {"kl": 0.05, "kl_target": 0.02}
+
+    with pytest.raises(AssertionError, match="the trainer's state after a step is not what miles_restore brings back"):
+        Checks().test_its_state_survives_a_restart()

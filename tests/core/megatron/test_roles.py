@@ -60,7 +60,7 @@ def test_another_vocabulary_means_other_tokens(tiny, other):
     config = json.loads((other / "config.json").read_text()) | {"vocab_size": 99}
     (other / "config.json").write_text(json.dumps(config))
     ((key, message),) = said(tiny, critic(other))
-    assert key == "mine.critic" and "a vocabulary of 99, the policy of 13" in message
+    assert key == "mine.critic" and "a vocabulary of 99, the policy of 14" in message
 
 
 def test_a_critic_must_fit_the_parallel_sizes(tiny, other):

@@ -25,6 +25,7 @@ from ..edges.protocols import WorkerDied, both, everyone
 from ..pacing import WatchedCluster, times
 from ..packing import deal
 from ..plugins import Manifest, Registry
+from ..samples import credit
 from ..types import Group, Refused
 from .fleet import Fleet, start
 from .rollouts import Rollouts
@@ -175,9 +176,7 @@ class Loop:
         return await self.fleet.push(verify=False, sent=sent), rested, time.perf_counter()
 
     def score(self, groups: list[Group]) -> None:
-        for group, scores in zip(groups, self.hooks.score(groups=groups), strict=True):
-            for sample, score in zip(group.samples, scores, strict=True):
-                sample.score = score
+        credit(groups, self.hooks.score(groups=groups), self.hooks.owner["miles_score"])
 
     async def evaluate(self, step: int) -> dict[str, float]:
         """Sample the held-out split once with the weights the engines have; without engines ask the trainer of it."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..contract import check_loss
 from ..edges.protocols import Behind, Model, Transport, Worker, meeting, writing
 from ..formulas.meter import Meter
 from ..packing import Packed
@@ -173,7 +174,7 @@ class TrainingRank:
             weights = self._hooks.token_weight(batch=batch)
             batch.weight = torch.stack([w.factor for w in weights.values()]).prod(0) if weights else None
         self._complete(batch)
-        answer: Loss = self._hooks.loss(role=name, batch=batch, output=output)
+        answer = check_loss(self._hooks.loss(role=name, batch=batch, output=output), self._hooks.owner["miles_loss"])
         if name == "policy" and batch.weight is not batch.weighed_by:
             raise Refused("the algorithm's loss ignores batch.weighed; remove what gives its tokens weights")
         terms: dict[str, Mean] = self._hooks.penalty(role=name, batch=batch, output=output)

@@ -30,6 +30,24 @@ def check_reward(name: str, values: list[float], group: Group) -> None:
             raise Refused(f"reward {name}, sample {sample.id}: {value!r} is not a finite number")
 
 
+def credit(groups: list[Group], scores: list[list[float | None]], plugin: str) -> None:
+    """Give every sample the score that ``plugin`` found for it. Raises Refused where one is missing or no number."""
+    if len(scores) != len(groups):
+        raise Refused(
+            f"plugin {plugin}: miles_score answered {len(scores)} lists for {len(groups)} groups; one for each"
+        )
+    for group, given in zip(groups, scores, strict=True):
+        if len(given) != len(group.samples):
+            message = f"miles_score gave {len(given)} scores to the {len(group.samples)} samples of group {group.id}"
+            raise Refused(f"plugin {plugin}: {message}; a number for each, or None to keep one out of the batch")
+        for sample, score in zip(group.samples, given, strict=True):
+            if score is not None and (not isinstance(score, int | float) or not math.isfinite(score)):
+                raise Refused(
+                    f"plugin {plugin}: miles_score gave sample {sample.id} {score!r}; a finite number, or None"
+                )
+            sample.score = score
+
+
 def numbered(group: Group, attempts: int, seed: int) -> Group:
     """``attempts`` copies of the group's prompt, each with its id and its own seed, the same wherever resumed."""
     [prompt] = group.samples

@@ -5,27 +5,38 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
+from ..contract import check_loss
 from ..packing import Unit, count, distribute, pack
 from ..plugins import BUILTIN, Plugin, Registry, installed
+from ..samples import credit
 from ..types import Column, Group, Role, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..types import Batch, Output
+    from ..types import Batch
+
+RANGES = {"logprobs": (-2.0, -0.01), "entropy": (0.0, 2.0)}  # of what a model says; values may be anything
 
 
 def registry(place: Any, name: str, plugin: type[Plugin], keys: dict[str, Any], run: RunConfig) -> Registry:
     """``plugin`` as the algorithm beside what core brings, as a process of that place sees it."""
     plugins: dict[str, Plugin] = {name: plugin(plugin.Config.model_validate(keys), run)}
     for builtin in BUILTIN:
-        cls = installed()[builtin].load()
+        cls = _brought(builtin)
         plugins[builtin] = cls(cls.Config(), run)
     return Registry(place, plugins, run.model_copy(update={"algorithm": name}))
+
+
+@cache
+def _brought(name: str) -> type[Plugin]:
+    """Loading one checks its hooks, which is most of the time that a registry takes."""
+    return installed()[name].load()
 
 
 def groups(seed: int, size: int, given: bool, most: int = 7) -> list[Group]:
@@ -50,10 +61,32 @@ def groups(seed: int, size: int, given: bool, most: int = 7) -> list[Group]:
 
 @dataclass
 class Dealt:
-    """The gradient that each sample's log-probabilities and values got, and the losses, summed over all ranks."""
+    """The gradient that each sample's log-probabilities and values got, and each role's loss and metrics, summed over
+    all ranks."""
 
     gradients: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)  # "policy: loss", "policy: ratio/mean"
+
+    def add(self, role: str, step: Share) -> None:
+        for name, number in {"loss": step.loss, **step.metrics}.items():
+            key = f"{role}: {name}"
+            self.numbers[key] = self.numbers.get(key, 0.0) + float(number.detach())
+
+
+@dataclass
+class Share:
+    """What the loop makes of one micro-batch."""
+
+    loss: Tensor  # scalar, what is descended
+    metrics: dict[str, Tensor]  # scalars, shares of a global mean
+    leaf: Tensor  # [T], the log-probabilities or the values that gradients lead to
+
+    def backward(self) -> list[float]:
+        """The gradient on each token. A constant loss is tied to the forward pass, as a model ties it."""
+        loss = self.loss if self.loss.requires_grad else self.loss + 0.0 * self.leaf.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        found: list[float] = [0.0] * len(self.leaf) if self.leaf.grad is None else self.leaf.grad.tolist()
+        return found
 
 
 @dataclass
@@ -66,21 +99,34 @@ class Case:
     given: bool = False
 
     def __post_init__(self) -> None:
-        driver = self.build("driver")
+        self.driver = driver = self.build("driver")
         self.roles: dict[str, Role] = {"policy": Role(trained=True)} | driver.roles()
         self.columns: dict[str, Column] = driver.columns()
         made = groups(self.seed, self.size, self.given)
-        kept = [group for group in made if driver.drop_group(group=group) is None]
-        for group, scores in zip(kept, driver.score(groups=kept), strict=True):
-            for sample, score in zip(group.samples, scores, strict=True):
-                sample.score = score
+        dropped = {group.id: driver.drop_group(group=group) for group in made}
+        for group in made:
+            self.tell("miles_group_end", group=group, dropped=dropped[group.id])
+        kept = [group for group in made if dropped[group.id] is None]
+        self.tell("miles_metrics", step=1, groups=made, evaluating=False)
+        credit(kept, driver.score(groups=kept), driver.owner["miles_score"])
         units = [unit for group in kept for unit in driver.units(group=group)]
         self.units: list[Unit] = [[s for s in unit if s.score is not None] for unit in units]
         self.counts = count(self.units)
 
+    def tell(self, hook: str, **args: Any) -> None:
+        """Call a driver's hook of the algorithm alone: what core's own plugins do there needs a run."""
+        name = self.driver.run.algorithm
+        if name in self.driver.answerers(hook):
+            self.driver._only(hook, name)(**args)
+
     def number(self, sample: str, what: str, place: int) -> float:
         """A value of its own for each token, whatever it is packed with."""
-        return random.Random(f"{self.seed}/{sample}/{what}/{place}").uniform(-1.5, 0.5)
+        low, high = RANGES.get(what.rpartition("/")[2], (-1.5, 0.5))
+        return random.Random(f"{self.seed}/{sample}/{what}/{place}").uniform(low, high)
+
+    def without_tokens(self) -> list[Unit]:
+        """The same samples, had the policy written none of their tokens."""
+        return [[replace(s, mask=[False] * len(s.mask)) for s in unit] for unit in self.units]
 
     def deal(self, ranks: int, budget: int, backwards: bool = False) -> Dealt:
         """Every rank's losses and gradients with micro-batches of ``budget`` tokens."""
@@ -104,12 +150,12 @@ class Case:
             for batch, _ in batches:
                 batch.columns |= hooks.advantage(batch=batch)
             hooks.normalize(batches=[batch for batch, _ in batches], total=shared)
-            for role in [name for name, of in self.roles.items() if of.trained]:
+            for role in self.trained:
                 for (batch, ids), row in zip(batches, rows, strict=True):
-                    loss, output = self.loss(hooks, role, batch, ids)
+                    share = self.share(hooks, role, batch, ids)
                     with shared.lock:
-                        found.loss[role] = found.loss.get(role, 0.0) + float(loss.detach())
-                        self._note(found, role, loss, output, row)
+                        found.add(role, share)
+                        self._note(found, role, share.backward(), row)
         except BaseException as error:
             shared.errors.append(error)
             shared.barrier.abort()
@@ -142,8 +188,20 @@ class Case:
 
         return torch.tensor([x for sample in samples for x in self._row(sample, what)], dtype=torch.float64)
 
-    def loss(self, hooks: Registry, role: str, batch: Batch, ids: list[str]) -> tuple[Tensor, Output]:
-        """What the loop descends for one micro-batch, and the leaves it descends to."""
+    @property
+    def trained(self) -> list[str]:
+        return [name for name, of in self.roles.items() if of.trained]
+
+    def alone(self, units: list[Unit]) -> dict[str, Share]:
+        """What each trained role would make of these, were they all that a rank had."""
+        hooks = self.build("trainer")
+        batch, ids = self.batch(units)
+        batch.columns |= hooks.advantage(batch=batch)
+        hooks.normalize(batches=[batch], total=lambda tensor: tensor)
+        return {role: self.share(hooks, role, batch, ids) for role in self.trained}
+
+    def share(self, hooks: Registry, role: str, batch: Batch, ids: list[str]) -> Share:
+        """What the loop descends for one micro-batch, and the leaf it descends to."""
         import torch
 
         from ..types import Output
@@ -151,29 +209,23 @@ class Case:
         starts = batch.starts.tolist()
         place = [t for a, b in zip(starts, starts[1:], strict=False) for t in range(b - a)]
 
-        def leaf(what: str) -> Tensor:
+        def said(what: str) -> Tensor:
             values = [self.number(sample, f"now/{role}/{what}", t) for sample, t in zip(ids, place, strict=True)]
-            return (torch.tensor(values, dtype=torch.float64) * batch.mask).requires_grad_()
+            return torch.tensor(values, dtype=torch.float64) * batch.mask
 
-        if self.roles[role].head == "value":
-            output = Output(values=leaf("values"))
-        else:
-            output = Output(logprobs=leaf("logprobs"), entropy=leaf("entropy").detach().abs())
-        answer = hooks.loss(role=role, batch=batch, output=output)
-        terms = [answer, *hooks.penalty(role=role, batch=batch, output=output).values()]
-        total: Tensor = torch.stack([term.sum.double() / batch.counts[term.per] for term in terms]).sum()
-        return total, output
+        values = self.roles[role].head == "value"
+        leaf = said("values" if values else "logprobs").requires_grad_()
+        output = Output(values=leaf) if values else Output(logprobs=leaf, entropy=said("entropy"))
+        answer = check_loss(hooks.loss(role=role, batch=batch, output=output), hooks.owner["miles_loss"])
+        terms = hooks.penalty(role=role, batch=batch, output=output)
+        shares = [term.sum.double() / batch.counts[term.per] for term in (answer, *terms.values())]
+        metrics = {name: mean.sum.double() / batch.counts[mean.per] for name, mean in (answer.metrics | terms).items()}
+        return Share(torch.stack(shares).sum(), metrics, leaf)
 
-    def _note(self, found: Dealt, role: str, loss: Tensor, output: Output, row: list[Unit]) -> None:
-        leaf = output.values if output.logprobs is None else output.logprobs
-        assert leaf is not None
-        if not loss.requires_grad:
-            return
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad = [0.0] * len(leaf) if leaf.grad is None else leaf.grad.tolist()
+    def _note(self, found: Dealt, role: str, gradient: list[float], row: list[Unit]) -> None:
         at = 0
         for sample in [sample for unit in row for sample in unit]:
-            found.gradients.setdefault(role, {})[sample.id] = grad[at : at + len(sample.tokens)]
+            found.gradients.setdefault(role, {})[sample.id] = gradient[at : at + len(sample.tokens)]
             at += len(sample.tokens)
 
 

@@ -24,10 +24,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def miles_run(tiny_data: Path, tmp_path: Path) -> Callable[..., Finished]:
     """``miles_run("mine", steps=1, **{"mine.clip": 0.1})``: a real run of one step with the algorithm ``mine``, every
-    process of it, in seconds. Other keys of the run by their dotted names."""
+    process of it, in seconds. Other keys of the run by their dotted names; with ``placement.trainers`` = 2 it takes
+    longer, for then they are processes. Each call of a test makes a run folder of its own."""
     from .runs import run
 
     def started(algorithm: str, **settings: object) -> Finished:
-        return run(algorithm, tiny_data, tmp_path / "run", settings)
+        folder = tmp_path / f"run-{1 + len(list(tmp_path.glob('run-*')))}"
+        return run(algorithm, tiny_data, folder, settings)
 
     return started

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDER, INLINE = (Path(__file__).with_name(name) for name in ("recorder.py", "inline.py"))
-DIGITS, WORDS = "0123456789", ["<pad>", "<eos>", *"0123456789", ">"]
+DIGITS, WORDS = "0123456789", ["<pad>", "<eos>", *"0123456789", ">", "<"]  # an even number, for two ranks to share
 
 BASE: dict[str, Any] = {
     "steps": 1,
@@ -30,19 +30,28 @@ BASE: dict[str, Any] = {
 class Finished:
     """What a run left: its exit status, what it said of an error, and what is in its folder.
 
-    ``hooks`` counts how often each hook was called in one of its processes, but for slots that
-    are async, which cannot be watched."""
+    ``calls`` counts how often a hook was called in a place, ("trainer", "miles_loss"), over all processes of a place.
+    A wrapped hook counts once, and so does one that raised."""
 
     status: int
     said: str
     folder: Path
     metrics: list[dict[str, float]]  # a row a step, the evaluation before the first one being row 0
-    hooks: Counter[str]
+    calls: Counter[tuple[str, str]]
+
+    @property
+    def hooks(self) -> Counter[str]:
+        """How often each hook was called, wherever."""
+        counted: Counter[str] = Counter()
+        for (_, hook), times in self.calls.items():
+            counted[hook] += times
+        return counted
 
 
 def run(algorithm: str, data: Path, folder: Path, settings: dict[str, Any]) -> Finished:
-    """``miles run`` on what ``write_tiny`` wrote, every process of it a thread of this one. ``settings`` are keys of
-    a run by their dotted names.
+    """``miles run`` on what ``write_tiny`` wrote. ``settings`` are keys of a run by their dotted names. Every process
+    of it is a thread of this one, in which ``torch.distributed`` has one rank; a run of several ranks is one of real
+    processes, on a Ray of its own.
 
     The task is to say the digits of the prompt; rows have the columns prompt, answer and wrong. ``algorithm`` is a
     name, or the path of a file.
@@ -50,16 +59,17 @@ def run(algorithm: str, data: Path, folder: Path, settings: dict[str, Any]) -> F
     files = {"model.path": "model", "data.train": "train.jsonl", "data.eval": "eval.jsonl"}
     keys = BASE | {key: f"{data}/{name}" for key, name in files.items()}
     keys |= {"run_dir": str(folder), "algorithm": algorithm, "reward.positions.weight": 1.0} | settings
-    keys["plugins"] = [*keys.get("plugins", []), str(RECORDER), str(INLINE)]
+    alone = keys.get("placement.trainers", 1) == 1 and not keys.get("placement.apart")
+    keys["plugins"] = [*keys.get("plugins", []), str(RECORDER), *([str(INLINE)] if alone else [])]
     status, said = _run([f"{key}={json.dumps(value)}" for key, value in keys.items()], folder)
-    calls = folder / "hooks.txt"
-    rows = folder / "metrics.jsonl"
+    calls, rows = folder / "hooks.txt", folder / "metrics.jsonl"
+    lines = calls.read_text().splitlines() if calls.exists() else []
     return Finished(
         status=status,
         said=said,
         folder=folder,
         metrics=[json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [],
-        hooks=Counter(calls.read_text().split()) if calls.exists() else Counter(),
+        calls=Counter((place, hook) for place, _, hook in (line.partition(" ") for line in lines)),
     )
 
 
