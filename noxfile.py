@@ -186,7 +186,7 @@ def sglang_cpu(session: nox.Session) -> None:
     needs = ("--requirement", f"{here}/requirements.txt", *editable("miles-core", "miles-plugin-grpo"))
     prepare(session, *needs, group="test", constraints=loose)
     session.install("--no-deps", "sglang==0.5.23")
-    session.env |= {"PYTHONPATH": str(ROOT / here / "stand_ins"), "SGLANG_USE_CPU_ENGINE": "1"}
+    session.env.update({"PYTHONPATH": str(ROOT / here / "stand_ins"), "SGLANG_USE_CPU_ENGINE": "1"})
     # Once before several processes do it at a time: compiling all that is imported takes longer than the tests wait.
     session.run("python", "-m", "sglang.launch_server", "--help", silent=True)
     session.run("pytest", "-m", "sglang_cpu", here, *session.posargs)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-CPU = HERE / "cpu.toml"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +42,7 @@ def folder(weights: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Any]:
-    from cpu_cases import arguments
+    from cpu_cases import CPU, arguments
     from serving import serving
 
     table = tomllib.loads(CPU.read_text())["sglang"]

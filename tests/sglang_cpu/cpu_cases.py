@@ -1,4 +1,4 @@
-"""A tiny Qwen3 in float32, in any number of versions, and what a server says of it beside what transformers computes."""
+"""A tiny Qwen3 in float32, in any number of versions, and what a server says of it beside what transformers does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from miles_core.edges.sglang import SGLang
 from serving import START_S
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+CPU = Path(__file__).with_name("cpu.toml")  # arguments of the server
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 4096,
