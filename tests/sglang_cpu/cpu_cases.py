@@ -67,7 +67,7 @@ def apart(weights: Weights, request: Request, completion: Completion) -> float:
     expected = {version: weights.logprobs(version, request, completion) for version in set(completion.versions)}
     assert len(completion.tokens) == len(completion.logprobs) == len(completion.versions)
     told = zip(completion.logprobs, completion.versions, strict=True)
-    return max(abs(logprob - expected[version][i]) for i, (logprob, version) in enumerate(told))
+    return max((abs(logprob - expected[version][i]) for i, (logprob, version) in enumerate(told)), default=0.0)
 
 
 def assert_right(weights: Weights, requests: list[Request], completions: list[Completion], versions: set[int]) -> None:

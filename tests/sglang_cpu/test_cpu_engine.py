@@ -120,7 +120,7 @@ def test_a_paused_server_writes_nothing_and_then_goes_on(served: Served, weights
     assert_right(weights, group(9, 1, 8), late.result(60), {served.version})
 
 
-def test_aborted_while_paused(served: Served, weights: Weights) -> None:
+def test_a_request_can_be_aborted_while_the_engine_is_paused(served: Served, weights: Weights) -> None:
     [request] = group(10, 1, LONG)
     started = served.start([request])
     writing(served, 1)
@@ -128,7 +128,9 @@ def test_aborted_while_paused(served: Served, weights: Weights) -> None:
     served.ask("abort", ["10/0"])
     [completion] = started.result(30)
     served.ask("resume")
-    assert completion.finish == "abort" and 0 < len(completion.tokens) < LONG
+    # Not all that it has: of a request that waits for its turn only those tokens come back of which the scheduler has
+    # told by then, and it tells of every fiftieth.
+    assert completion.finish == "abort" and len(completion.tokens) < LONG
     assert apart(weights, request, completion) < CLOSE
 
 
@@ -215,6 +217,7 @@ def test_an_update_that_changed_nothing_costs_no_restart(
 def test_an_update_cut_short_is_never_served(served: Served, transport: BroadcastTransport, weights: Weights) -> None:
     """Its successor serves the whole weights that come next, also to who asked the server that is gone."""
     leader, requests = leader_of(served), group(50, 4, LONG)
+    assert len(states(leader)) >= 5  # two guards, the web server, a scheduler, a detokenizer
     started = served.start(requests)
     writing(served, 4)
     served.ask("begin_update")
@@ -252,7 +255,7 @@ def test_what_is_not_the_model_on_disk_is_not_served_as_version_0(
 
 
 def test_nothing_is_left_when_the_engine_is_closed(served: Served, folder: Path) -> None:
-    leader = leader_of(served)  # of the successor
-    assert len(states(leader)) >= 5  # two guards, the web server, a scheduler, a detokenizer
+    """Though its server's successor is just starting."""
+    assert processes_of(str(folder))
     served.ask("close")
-    assert not states(leader) and not processes_of(str(folder))
+    assert not processes_of(str(folder))
