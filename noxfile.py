@@ -65,6 +65,14 @@ def prepare(
     session.env["PYTHONDONTWRITEBYTECODE"] = ""  # torch and Megatron, compiled anew by each process, are slow to import
 
 
+def loosened(session: nox.Session, *theirs: str) -> tuple[str, ...]:
+    """The constraints, but for packages that something else in the environment has its own say about."""
+    loose = Path(session.create_tmp()) / "constraints.txt"
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    loose.write_text("\n".join(line for line in lines if not line.startswith(theirs)))
+    return ("--constraint", str(loose))
+
+
 def editable(*packages: str) -> list[str]:
     return [arg for package in packages for arg in ("--editable", package)]
 
@@ -143,12 +151,9 @@ def oracles(session: nox.Session, reference: str) -> None:
 
     What a reference needs excludes what the other does, and what the constraints say of these.
     """
-    loose = Path(session.create_tmp()) / "constraints.txt"
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    theirs = ("transformers", "tokenizers", "huggingface-hub", "packaging")
-    loose.write_text("\n".join(line for line in lines if not line.startswith(theirs)))
+    loose = loosened(session, "transformers", "tokenizers", "huggingface-hub", "packaging")
     needs = [str(requirement("miles-core", name)) for name in FORMULAS]
-    prepare(session, reference, *needs, group="test", constraints=("--constraint", str(loose)))
+    prepare(session, reference, *needs, group="test", constraints=loose)
     session.install("--no-deps", *editable(*PACKAGES))
     session.run("pytest", f"tests/oracles/{reference}", *session.posargs)
 
@@ -170,6 +175,23 @@ def gpu(session: nox.Session) -> None:
     """Tests that need a GPU, and SGLang; without network `python -m pytest -m gpu tests/gpu` does the same."""
     prepare(session, *editable("./miles-core[sglang]", *PLUGINS), group="test")
     session.run("pytest", "-m", "gpu", "tests/gpu", *session.posargs)
+
+
+@nox.session
+def sglang_cpu(session: nox.Session) -> None:
+    """The engine with SGLang's own server, 0.5.23, on the CPU; some minutes, most of it the server's start.
+
+    PyPI has no build of SGLang's kernels for a CPU; ``stand_ins`` are what it imports in their place.
+    """
+    here = "tests/sglang_cpu"
+    loose = loosened(session, "torch", "triton", "transformers", "tokenizers", "sglang")
+    needs = ("--requirement", f"{here}/requirements.txt", *editable("miles-core", "miles-plugin-grpo"))
+    prepare(session, *needs, group="test", constraints=loose)
+    session.install("--no-deps", "sglang==0.5.23")
+    session.env.update({"PYTHONPATH": str(ROOT / here / "stand_ins"), "SGLANG_USE_CPU_ENGINE": "1"})
+    # Once before several processes do it at a time: compiling all that is imported takes longer than the tests wait.
+    session.run("python", "-m", "sglang.launch_server", "--help", silent=True)
+    session.run("pytest", "-m", "sglang_cpu", here, *session.posargs)
 
 
 def marked(session: nox.Session, marker: str, *where: str) -> None:

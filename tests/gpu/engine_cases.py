@@ -1,14 +1,10 @@
-"""A real SGLang server and the engine that runs it, in an event loop of its own, for tests that are not coroutines."""
+"""A real SGLang server on a GPU, and what is compared with a trainer there."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import threading
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +13,8 @@ import torch
 from gpu_cases import SHAPE, Trainer, pack, run_of
 from miles_core.edges.protocols import Completion, Request, Sampling
 from miles_core.edges.sglang import SGLang
-from miles_core.edges.sglang.client import SGLangClient
-from miles_core.edges.sglang.launch import Live
-from miles_core.edges.sglang.server import SGLangEngine
-
-START_S = 400.0  # for a server to come up, kernels that it compiles included
-
-
-class Turning:
-    """An event loop that turns in a thread."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-
-    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
-
-
-@dataclass
-class InProcess:
-    """A worker whose engine lives in this process."""
-
-    name: str
-    engine: SGLangEngine
-    turning: Turning
-
-    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        return await asyncio.wrap_future(self.turning.submit(getattr(self.engine, method)(*args)))  # from any loop
-
-    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        return self.turning.submit(getattr(self.engine, method)(*args)).result(timeout or START_S)
-
-    async def kill(self) -> None:
-        raise NotImplementedError
-
-
-@dataclass
-class Served:
-    """One engine, a client of it, and the version of its weights."""
-
-    worker: InProcess
-    client: SGLangClient
-    version: int = 0
-
-    def ask(self, method: str, *args: Any) -> Any:
-        return self.worker.ask(method, *args)
-
-    def start(self, requests: list[Request]) -> Future[list[Completion]]:
-        return self.worker.turning.submit(self.client.generate(requests))
-
-    def generate(self, requests: list[Request]) -> list[Completion]:
-        return self.start(requests).result(START_S)
-
-    def live(self) -> Live:
-        """The server, once it is up."""
-        found: Live = self.worker.turning.submit(self.worker.engine._live()).result(START_S)
-        return found
+from serving import START_S, Served
+from serving import serving as launched
 
 
 def arguments(folder: Path, table: dict[str, Any], layout: str) -> tuple[Any, ...]:
@@ -85,19 +26,8 @@ def arguments(folder: Path, table: dict[str, Any], layout: str) -> tuple[Any, ..
 
 @contextmanager
 def serving(folder: Path, table: dict[str, Any], hang_s: float, layout: str = "colocate") -> Iterator[Served]:
-    turning, args = Turning(), arguments(folder, table, layout)
-
-    async def make() -> Served:
-        worker = InProcess("engine-0", SGLangEngine(*args, hang_s=hang_s), turning)
-        return Served(worker, SGLangClient([worker], START_S))
-
-    served: Served = turning.submit(make()).result()
-    try:
-        served.ask("ready")
+    with launched(arguments(folder, table, layout), hang_s=hang_s) as served:
         yield served
-    finally:
-        served.ask("close")
-        turning.loop.call_soon_threadsafe(turning.loop.stop)
 
 
 def group(number: int, attempts: int, tokens: int, **sampling: Any) -> list[Request]:

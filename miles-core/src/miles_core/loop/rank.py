@@ -17,7 +17,7 @@ from ..edges.protocols import Behind, Model, Transport, Worker, meeting, writing
 from ..formulas.meter import Meter
 from ..packing import Packed
 from ..plugins import Manifest
-from ..types import Batch, Column, Layout, Loss, Mean, Output, Per, Refused, Role, Weight
+from ..types import Batch, Column, Layout, Mean, Output, Per, Refused, Role, Weight
 
 Update = tuple[list[Packed], dict[Per, int]]  # this rank's micro-batches, and the global denominators
 Given = list[list[dict[str, Any]]]  # by data-parallel rank and micro-batch
