@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 REVERSE = Path(__file__).parents[2] / "examples" / "reverse"
 SMALL = ("steps=3", "mode=sync", "batch.groups=16", "batch.updates=2", "batch.micro_tokens=64", "eval.every=3",
-         "eval.prompts=32", "checkpoint.every=0")  # fmt: skip
+         "eval.prompts=32", "checkpoint.every=0", 'optim.schedule="constant"', "optim.min_lr=0.0")  # fmt: skip
 KL = ("ppo.kl=0.05", "ppo.kl_target=0.02", "ppo.kl_horizon=30", 'ppo.kl_estimator="k2"')
 WITHOUT_ENGINE = ("placement.engines=0", "eval.every=3", "batch.updates=1")
 
