@@ -66,6 +66,8 @@ def test_no_token_is_older_than_was_said(go: Any, runs: Any, weights: str) -> No
     rows = go(f"stream-{weights}", "mode=async", "rollout.max_staleness=2", f"rollout.weights={weights}", "steps=12")
     stale = [row["staleness/max"] for row in rows if row["step"]]
     assert len(stale) == 12 and max(stale) <= 2 and max(stale) > 0
+    busy = [row["utilization/engines"] for row in rows if row["step"]]
+    assert len(busy) == 12 and 0 < max(busy) <= 1 and min(busy) >= 0
     assert f"{12 * 8} trained" in audited(runs, f"stream-{weights}")
     if weights != "drain":
         training, still = (

@@ -136,7 +136,7 @@ def test_a_run_that_waits_for_room_can_be_ended_and_goes_on_later(
     runs: Any, small: Path, leave: int, sent: signal.Signals
 ) -> None:
     with Run(runs, f"steps={STEPS}") as run:
-        run.until(lambda: run.steps() > 3)
+        run.until(lambda: any((run.folder / "checkpoints").glob("step-*")))
         filler = fill(small, leave << 20)
         run.until(lambda: WAITS in run.text)
         time.sleep(2)
