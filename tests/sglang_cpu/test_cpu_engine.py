@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,18 @@ def push(served: Served, transport: BroadcastTransport, weights: Weights, versio
     return told
 
 
-def writing(served: Served, n: int) -> None:
-    """Wait until ``n`` requests have some tokens."""
-    deadline = time.monotonic() + 60
-    while served.ask("health")["running"] != n:
+def until[T](condition: Callable[[], T], patience_s: float = 60) -> T:
+    """The first true answer."""
+    deadline = time.monotonic() + patience_s
+    while not (answer := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return answer
+
+
+def writing(served: Served, n: int) -> None:
+    """Wait until ``n`` requests have some tokens."""
+    until(lambda: served.ask("health")["running"] == n)
     time.sleep(0.5)
 
 
@@ -262,7 +268,6 @@ def test_what_is_not_the_model_on_disk_is_not_served_as_version_0(
 
 def test_nothing_is_left_when_the_engine_is_closed(served: Served, folder: Path) -> None:
     """Though its server's successor is just starting."""
-    groups = {os.getpgid(int(told.split()[0])) for told in processes_of(str(folder))}
-    assert groups
+    groups = {os.getpgid(int(told.split()[0])) for told in until(lambda: processes_of(str(folder)))}
     served.ask("close")
     assert not any(living(group) for group in groups) and not processes_of(str(folder))

@@ -11,6 +11,8 @@ from miles_core.config import RunConfig
 from miles_core.edges import sharing
 from miles_core.edges.sglang import SGLang, arguments
 
+OURS = {"engines": "sglang", "transport": "sglang"}  # on a CPU it is both or neither
+
 # SGLang's parser in miniature: every way in which the true one takes its arguments (arg_groups/arg_utils.py).
 PARSER = """
 import argparse, json, sys
@@ -178,7 +180,7 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("sglang")
 def test_on_a_cpu_there_is_no_memory_to_save(tmp_path: Path) -> None:
     table = {"device": "cpu", "enable_deterministic_inference": True}
-    made = plugin(tmp_path, table, layout="cpu", use={"engines": "sglang"})
+    made = plugin(tmp_path, table, layout="cpu", use=OURS)
     assert complaints(made) == {}
     [process] = made.miles_engines().processes
     assert process.gpus == 0 and process.args[3] == "gloo" and "--enable-memory-saver" not in process.args[0]
@@ -237,7 +239,8 @@ def test_in_turns_an_engine_sits_beside_the_trainers_of_its_gpus(tmp_path: Path)
         ("colocate", {"tp_size": 2}, {}, "placement.engines"),
         ("colocate", {}, {"placement": {"trainers": 2}}, "placement.engines"),
         ("split", {"device": "cpu"}, {}, "sglang.device"),
-        ("cpu", {}, {"use": {"engines": "sglang"}}, "placement.layout"),
+        ("cpu", {}, {"use": OURS}, "placement.layout"),
+        ("cpu", {"device": "cpu"}, {"use": {"engines": "sglang"}}, "use.transport"),
         ("split", {}, {"mode": "overlap", "placement": {"trainers": 2}}, None),
     ],
 )

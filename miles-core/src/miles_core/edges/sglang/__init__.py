@@ -85,6 +85,9 @@ class SGLang(Plugin):
             )
         if place.layout != "cpu" and not gpus:
             complain("sglang.device", f'"cpu" is for placement.layout = "cpu"; it is {place.layout!r}')
+        if (self.run.own | self.run.use)["transport"] == "shm":  # what a run on a CPU has, if it says nothing
+            why = "weights in shared memory are for the local engine"
+            complain("use.transport", f'{why}; say use.transport = "sglang" beside use.engines = "sglang"')
         if self.run.rollout.weights == "in_place":
             why = "SGLang would keep prompts that old weights have read, and give them to new requests"
             complain("rollout.weights", f'{why}; say "retract" or "drain"')
