@@ -108,7 +108,7 @@ class Server:
                 self.scheduler.abort("", True)
                 if not self.readers:
                     break
-                await asyncio.sleep(0.05)  # 1.0 there
+                await asyncio.sleep(1.0)
         return 200, {"message": "Generation paused successfully.", "status": "ok"}
 
     async def go_on(self, body: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from sglang_cases import assert_whole, calls, engines, group, push, weights
 
 def test_in_turns_the_memory_is_the_trainers_from_sleep_to_the_first_bucket(dialect: str) -> None:
     opened, closed = (["/begin_weight_update"], ["/end_weight_update"]) if dialect == "0.5.23" else ([], [])
-    stops = ["/pause_generation"] * (1 if opened else 2)
+    stops = ["/pause_generation"] if opened else ["/v1/loads", "/pause_generation", "/v1/loads"]
 
     async def go() -> None:
         async with engines(dialect, turns=True) as [worker]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ async def running(worker: InProcess, n: int) -> None:
 def test_an_update_is_one_version_and_nothing_in_between(dialect: str) -> None:
     """Its first bucket has the server forget: by ``/flush_cache`` it would give the buckets' memory back each time."""
     opened, closed = (["/begin_weight_update"], ["/end_weight_update"]) if dialect == "0.5.23" else ([], [])
-    stops = ["/pause_generation"] * (1 if opened else 2)
+    stops = ["/pause_generation"] if opened else ["/v1/loads", "/pause_generation", "/v1/loads"]
 
     async def go() -> None:
         async with engines(dialect) as [worker]:
@@ -63,7 +64,9 @@ def test_requests_in_flight_go_on_with_the_new_weights(dialect: str, mode: str) 
             client, requests = SGLangClient([worker], 10), group(0, 3, tokens=LONG) + group(1, 2, tokens=LONG)
             asking = asyncio.ensure_future(client.generate(requests))
             await running(worker, 5)
+            began = time.monotonic()
             await worker.engine.begin_update()
+            assert time.monotonic() - began < 0.9, "0.5.16 itself would look for them once a second"
             late = asyncio.ensure_future(client.generate(group(2, 1)))
             await worker.engine.load(weights(a=4))
             await asyncio.sleep(0.05)

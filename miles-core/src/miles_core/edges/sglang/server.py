@@ -15,7 +15,7 @@ from .launch import Live, launch
 from .process import own_address
 from .proof import Proof, checksums
 from .turns import Turns
-from .update import Update
+from .update import Update, cut_short
 from .use import Use, requests
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
@@ -65,7 +65,7 @@ class SGLangEngine:
         self._version = self._restarts = self._busy = 0  # busy: calls under way that may take long
         self._refusal, self._paused = "", False  # why no request may be served; whether it was told to write nothing
         self._update: Update | None = None  # that is under way
-        self._beginning = asyncio.Lock()
+        self._beginning, self._cutting = asyncio.Lock(), asyncio.Lock()  # an update; requests that are in flight then
         self._turns, self._use = Turns(turns, may_stay), Use()
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
@@ -103,8 +103,9 @@ class SGLangEngine:
 
     async def aborted(self, requests: list[tuple[str, int]]) -> list[bool]:
         """Of each request that came back aborted, by its id and the version of the weights then: whether ``abort``
-        asked for it. Any other was cut short by an update, and is to go on as a new request.
-        """
+        asked for it. Any other was cut short by an update, and is to go on as a new request, now that all are."""
+        async with self._cutting:
+            pass
         return [version in (self._aborted.get(id, -1), self._aborted.get(None, -1)) for id, version in requests]
 
     async def pause(self) -> None:
@@ -121,10 +122,8 @@ class SGLangEngine:
             await self._go_on(live)
 
     async def health(self) -> dict[str, Any]:
-        """``version``, requests ``running`` and ``waiting``, ``restarts`` so far, SGLang's own ``release``.
-
-        ``refuses`` says why nothing is served now, or is empty. ``stale`` is true when only whole weights help.
-        """
+        """``version``, requests ``running`` and ``waiting``, ``restarts`` so far, SGLang's own ``release``. ``refuses``
+        says why nothing is served now, or is empty; ``stale`` is true when only whole weights help."""
         state = {"version": self._version, "running": 0, "waiting": 0, "restarts": self._restarts, "release": ""}
         state |= {"refuses": "its server is starting", "stale": bool(self._refusal)}
         if not self._starting.done():
@@ -156,11 +155,12 @@ class SGLangEngine:
                     return False
                 self._update.end()  # of the server before this one
             self._use.halt()
-            if not live.sessions:
+            if live.sessions:
+                await live.call.repeat("/pause_generation", {"mode": "retract"})
+            else:
                 await self._unpin(live)
-                await self._long(live, "/pause_generation", {"mode": "abort"})
-            # In 0.5.16 after the other: a request that slipped past it stands still now, and fails the flush later.
-            await live.call.repeat("/pause_generation", {"mode": "retract"})
+                async with self._cutting:
+                    await cut_short(live.call, self._timeout)
             gives = self._turns.begin()
             await (self.release(["kv_cache", "weights"]) if gives else self._open(live))
             self._update = Update(live, not gives, self._wake if gives else None)

@@ -7,11 +7,33 @@ from collections.abc import Awaitable, Callable
 
 from ..protocols import EngineError, TransportError
 from . import wire
+from .calls import Caller
 from .launch import Live
 from .line import Line
 from .proof import Check, Proof
+from .use import requests
 
 GIVEN_UP = "its update was given up meanwhile"
+CUTS, CUT_S = 30, 0.01  # looks whether requests are back, and seconds between two
+
+
+async def cut_short(call: Caller, timeout: float) -> None:
+    """Have every request in flight come back aborted, with the tokens it has, and new ones wait. For servers without
+    sessions: 0.5.16 would go on with what it computed by the old weights.
+
+    Its own way of doing both, the pause of mode "abort", looks once a second whether all are back, so with any in
+    flight it takes that second, in which nothing is sampled. It is what is left where more come all the time: a request
+    that slipped past would stand still now, and fail the flush later.
+    """
+    for _ in range(CUTS):
+        if not any((await requests(call)).values()):
+            break
+        await call.repeat("/abort_request", {"abort_all": True})
+        await asyncio.sleep(CUT_S)
+    await call.repeat("/pause_generation", {"mode": "retract"})
+    if any((await requests(call)).values()):
+        await call.post("/pause_generation", {"mode": "abort"}, timeout=timeout)
+        await call.repeat("/pause_generation", {"mode": "retract"})  # after the other, for one that slipped past it
 
 
 class Update:
