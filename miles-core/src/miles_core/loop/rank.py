@@ -35,6 +35,7 @@ class TrainingRank:
         self._rank, self._world, self._roles, self._columns = rank, world, roles, columns
         self._trained = sorted((name for name in roles if roles[name].trained), key="policy".__eq__)  # it goes last
         self._models: dict[str, Model] = {}
+        self._transport: Transport | None = None
         self._behind = Behind()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -51,9 +52,9 @@ class TrainingRank:
         return self._layout
 
     def connect(self, engines: list[Worker]) -> str:
-        if before := vars(self).get("_transport"):  # to engines of which one was replaced
-            before.close()
-        self._transport: Transport | None = self._hooks.transport() if engines else None
+        if self._transport:  # to engines of which one was replaced
+            self._transport.close()
+        self._transport = self._hooks.transport() if engines else None
         if self._transport:
             self._transport.connect(engines, self._layout)
         return self._models["policy"].memory()
