@@ -112,7 +112,7 @@ class PPO(Plugin):
             raise Refused(f"ppo trains a policy and a critic, and was asked for the loss of {role!r}")
         loss = policy_loss(batch, output, self.config, self.run.rollout.max_tokens)
         if self.config.kl_target is not None:
-            loss.metrics["kl/weight"] = Mean(self.beta * batch.mask.sum())
+            loss.metrics["kl/weight"] = Mean(self.beta * batch.mask.sum().double())
         return loss
 
     @hookimpl
