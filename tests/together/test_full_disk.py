@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from mounted import mounted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,18 +27,8 @@ WAITS, GOES_ON = "the run waits until there is room", "the run goes on"
 @pytest.fixture
 def small(runs: Any) -> Iterator[Path]:
     """A file system in the folder of the runs, with room for three checkpoints and the model."""
-    folder = runs.folder / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no mount here: {error}")
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-    folder.rmdir()
+    with mounted(runs.folder / "small", "64m") as folder:
+        yield folder
 
 
 class Run:

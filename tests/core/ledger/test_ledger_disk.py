@@ -12,22 +12,14 @@ import pytest
 from ledger_cases import live_through, open_ledger, view
 from miles_core.edges import room
 from miles_core.edges.store.ledger.audit import audit
+from mounted import mounted
 
 
 @pytest.fixture
 def small(tmp_path):
     """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no mount here: {error}")
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "small", "64k") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_really_full(small, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from miles_core.edges.queue import disk
 from miles_core.edges.queue.journal import Journal
+from mounted import mounted
 
 SEGMENT = 1 << 14  # small, so that segments turn and go all the time
 WRITER = """
@@ -69,17 +70,8 @@ def test_killed_anywhere_it_has_what_it_said_it_wrote_and_once(tmp_path: Path) -
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no mount here: {error}")
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "small", "256k") as folder:
+        yield folder
 
 
 def test_a_journal_whose_disk_is_really_full_says_how_far_it_came_and_goes_on(small: Path) -> None:
