@@ -166,8 +166,8 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """A run under two hundred kills; `-- --seed 7` for others than those of seed 0. Takes some ten minutes."""
-    marked(session, "chaos", "tests/chaos")
+    """Runs under kills, two hundred in one; `-- --seed 7` for others than those of seed 0. Takes some twenty minutes."""
+    marked(session, "chaos", "tests/chaos", "tests/core/sglang")
 
 
 @nox.session

@@ -19,7 +19,7 @@ from test_chaos import RUN
 STEPS, GROUPS, SILENCE_S = 8, 8, 30  # shorter, and a busy machine makes others look like it
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_without_the_processes_that_hang() -> None:
     """One of each that the driver survives, all at once."""

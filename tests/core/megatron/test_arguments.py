@@ -180,7 +180,7 @@ def test_every_fault_at_once(model: Path) -> None:
         "overlap_grad_reduce": False,
     }
     complaints: dict[str, str] = {}
-    Megatron(Megatron.Config(**table), run(model)).miles_check(complaints.__setitem__, {})
+    Megatron(Megatron.Config(**table), run(model)).miles_check(complaints.__setitem__, {}, {})
     assert complaints.pop("megatron.lr") == "set optim.lr"
     assert "did you mean 'tensor_model_parallel_size'" in complaints.pop("megatron.tensor_paralel_size")
     assert "a switch: write true or false, got 3" in complaints.pop("megatron.bf16")

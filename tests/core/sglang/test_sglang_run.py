@@ -15,7 +15,7 @@ import pytest
 from sglang_model import FIRST
 from together.whole_runs import processes_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 HERE, MILES = Path(__file__).parent, str(Path(sys.executable).with_name("miles"))
 PACKAGE = {  # an installed SGLang, as far as Miles asks for it
