@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import struct
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from ...types import Refused
 
-FULL = {errno.ENOSPC, errno.EDQUOT}  # mended by waiting
 LOCK_S = 10.0  # for the one that wrote here before to be gone
 BLOCK = 1 << 20  # bytes
 MARK = "synced"

@@ -11,7 +11,8 @@ from pathlib import Path
 from pickle import PickleBuffer
 from typing import Any
 
-from .disk import FULL, claim, promise, promised, sync, sync_again
+from ..room import FULL
+from .disk import claim, promise, promised, sync, sync_again
 from .segment import GONE, HEADER, LABEL, header, label, parse, rewrite, scan
 from .survey import survey
 
