@@ -30,8 +30,9 @@ MODES = {
     "sync": ("mode=sync",),
     "overlap": ("mode=overlap",),
     "async, 1 version": ("mode=async", "rollout.max_staleness=1"),
+    "async, 2": ("mode=async", "rollout.max_staleness=2"),
 }
-SAMPLES = 32 * 8  # a step, as in workload.toml
+ATTEMPTS = 8  # of a group, as in workload.toml
 LAST = 5  # steps whose rewards are averaged
 BARS = {"sync": 1.6, "overlap": 1.28}
 Found = dict[str, dict[str, Any]]  # by "mode/seed"
@@ -39,8 +40,9 @@ Found = dict[str, dict[str, Any]]  # by "mode/seed"
 
 def keys(args: argparse.Namespace, model: Path, mode: str, seed: int) -> list[str]:
     shape = [f"workload.median={args.median}", f"workload.sigma={args.sigma}", f"rollout.max_tokens={args.tokens}"]
-    learn = [f"optim.lr={args.lr}", f"steps={args.steps}", f"seed={seed}"]
-    return [f"model.path={model}", "placement.layout=split", *MODES[mode], *shape, *learn]
+    learn = [f"optim.lr={args.lr}", f"batch.groups={args.groups}", f"steps={args.steps}", f"seed={seed}"]
+    graphs = f"sglang.cuda_graph_max_bs_decode={3 * args.groups * ATTEMPTS}"  # with 2 versions so many are in flight
+    return [f"model.path={model}", "placement.layout=split", graphs, *MODES[mode], *shape, *learn]
 
 
 def one(args: argparse.Namespace, model: Path, mode: str, seed: int, work: Path, gpus: str) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def one(args: argparse.Namespace, model: Path, mode: str, seed: int, work: Path,
         args.traces.mkdir(parents=True, exist_ok=True)
         shutil.copy(where / "trace.json", args.traces / f"{where.name}.json")
     return {
-        "samples/s": len(usual) * SAMPLES / wall,
+        "samples/s": len(usual) * args.groups * ATTEMPTS / wall,
         "tokens/s": sum(row["rollout/tokens"] for row in usual) / wall,
         "first rewards": statistics.fmean(row["reward/mean"] for row in rows[:LAST]),
         "last rewards": statistics.fmean(row["reward/mean"] for row in rows[-LAST:]),
@@ -91,7 +93,8 @@ def table(found: Found) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--groups", type=int, default=16, help=f"a step, of {ATTEMPTS} attempts each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE")
     parser.add_argument("--tokens", type=int, default=1024, help="most of a response")

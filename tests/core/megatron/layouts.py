@@ -225,7 +225,8 @@ def waited_for(model, folder: Path) -> None:
     from miles_core.edges.megatron import checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
-    with device.running(), torch.no_grad(), checkpoint._library():
+    checkpoint._use_library()
+    with device.running(), torch.no_grad():
         state = checkpoint._sharded(model.module, model._trained, is_loading=False) | {"layout": checkpoint._layout()}
         state["scheduler"] = model._trained.scheduler.state_dict()
         dist_checkpointing.save(state, str(folder), validate_access_integrity=False)

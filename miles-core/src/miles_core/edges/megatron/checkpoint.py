@@ -10,7 +10,7 @@ import random
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -33,6 +40,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..room import FULL, sync
+from . import device
 from .build import Trained
 from .snapshot import Snapshot
 
@@ -71,8 +79,8 @@ class Saver:
         own, for any thread, and raises OSError on every rank where one cannot write. Of a full disk, it can be called
         again, on all of them. Only when it returned may ``save`` be called again: the copies share their memory.
         """
-        _make(folder)
         self._group = self._group or dist.new_group(backend="gloo")
+        _make(folder, self._group)
         state = _sharded(self._module, self._trained, is_loading=False) | {"layout": _layout()}
         if self._trained is not None:
             state["scheduler"] = self._trained.scheduler.state_dict()
@@ -80,35 +88,42 @@ class Saver:
         parts = [part for part in nested_values(state) if _written_here(part)]
         for part, copy in zip(parts, self.snapshot.take([part.data for part in parts]), strict=True):
             part.data = copy
-        planned = _Planned()
-        with _library():
-            dist_checkpointing.save(
-                state,
-                str(folder),
-                planned,
-                validate_access_integrity=False,
-                async_sharded_save=True,
-                async_strategy="mcore",
-            )
-        return _Writing(folder, planned, self.snapshot, self._group)
+        dict_list_map_inplace(_of_now, state)
+        return _Writing(folder, state, self.snapshot, self._group)
 
 
 class _Planned(TorchDistSaveShardedStrategy):
-    """Megatron's strategy, which plans who writes what, up to the writing itself.
+    """Megatron's strategy, which plans who writes what, in a group of its own and up to the writing itself.
 
-    Its own last step, in which rank 0 hears from all others what they wrote, talks in the group of the training.
+    Megatron would plan, and at last tell rank 0 what all others wrote, in the group of the training, which trains on
+    meanwhile. The plan alone takes longer than the copies.
     """
 
     writer: FileSystemWriterAsync
     metadata: Metadata | None  # on rank 0
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> Any:
-        self.writer, (_, self.metadata, _) = writer, planned
-        return super()._get_save_and_finalize_callbacks(writer, planned, async_strategy)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self._group = group
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore") -> Any:
+        named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        self.writer = FileSystemWriterAsync(checkpoint_dir, thread_count=1)
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        state = mcore_to_pyt_state_dict(named, False)
+        (_, self.metadata, _), *_ = save_state_dict_async_plan(state, self.writer, self._group, 0, planner)
+        return AsyncRequest(None, (), [])  # for Megatron, which adds to it what is to be done in the end
 
 
 def _written_here(part: Any) -> bool:
     return isinstance(part, ShardedTensor) and part.data is not None and is_main_replica(part.replica_id)
+
+
+def _of_now(part: Any) -> Any:
+    """What stands beside the sharded tensors, such as Adam's count of steps, which it increments in place."""
+    return part.clone() if isinstance(part, torch.Tensor) else part
 
 
 @dataclass(slots=True)
@@ -127,16 +142,18 @@ class _Failed:
 
 @dataclass(slots=True)
 class _Writing:
-    """Writes this rank's file, then on rank 0 what stands where in all of them. A collective."""
+    """Plans who writes what, writes this rank's file, then on rank 0 what stands where in all of them. A collective."""
 
     folder: Path
-    planned: _Planned
+    state: dict[str, Any]  # nothing in it changes any more
     snapshot: Snapshot
     group: dist.ProcessGroup
+    planned: _Planned | None = None  # once it is
     written: list[WriteResult] | None = None  # where each part is in this rank's file, once that is whole
 
     def __call__(self) -> None:
         self.snapshot.wait()
+        self.planned = self.planned or _plan(self.state, self.folder, self.group)
         mine = _file(self.planned.writer) if self.written is None else self.written
         self.written = None if isinstance(mine, _Failed) else mine
         first, world = dist.get_rank() == 0, dist.get_world_size()
@@ -151,6 +168,23 @@ class _Writing:
         if said[0]:
             why = f"the checkpoint could not be written: {said[0].said}"
             raise OSError(said[0].number, why, str(self.folder))
+
+
+@torch.no_grad()
+def _plan(state: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> _Planned:
+    """A collective of ``group``. Where a plan was cut short, nothing of it counts: call it with what ``save`` had."""
+    _use_library()
+    planned = _Planned(group)
+    with device.running():
+        dist_checkpointing.save(
+            state,
+            str(folder),
+            planned,
+            validate_access_integrity=False,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+    return planned
 
 
 def _file(writer: FileSystemWriterAsync) -> list[WriteResult] | _Failed:
@@ -193,7 +227,7 @@ def _metadata(folder: Path, planned: _Planned, written: list[list[WriteResult]])
     return None
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, group: dist.ProcessGroup) -> None:
     """Make the folder; one rank's failure is every rank's."""
     said: list[OSError | None] = [None] * dist.get_world_size()
     mine = None
@@ -201,7 +235,7 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         mine = OSError(error.errno, f"cannot be made: {error.strerror}", str(folder))
-    dist.all_gather_object(said, mine)
+    dist.all_gather_object(said, mine, group=group)
     if failed := [what for what in said if what]:
         raise failed[0]
 
@@ -209,9 +243,9 @@ def _make(folder: Path) -> None:
 @torch.no_grad()  # in float32 the optimizer's own parameters are views of leaves, copied into in place
 def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None:
     """Restore what ``save`` wrote. A collective. Raises CheckpointError when it is not a checkpoint of these ranks."""
+    _use_library()
     try:
-        with _library():
-            written = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
+        written = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
     except _UNREADABLE as error:
         raise CheckpointError(_broken(folder, error)) from error
     if written != _layout():
@@ -222,9 +256,8 @@ def load(folder: Path, module: torch.nn.Module, trained: Trained | None) -> None
     if trained is not None:
         _with_state(trained)
     try:
-        with _library():
-            wanted = _sharded(module, trained, is_loading=True)
-            state = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        wanted = _sharded(module, trained, is_loading=True)
+        state = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     except _UNREADABLE as error:
         raise CheckpointError(_broken(folder, error)) from error
     module.load_state_dict(state["model"])
@@ -243,17 +276,15 @@ def _with_state(trained: Trained) -> None:
             optimizer._init_optimizer_states_with_dummy_values()
 
 
-@contextmanager
-def _library() -> Iterator[None]:
-    """Megatron's checkpoint library, without its deprecation warnings.
+def _use_library() -> None:
+    """Megatron's checkpoint library, without its deprecation warnings, from any thread.
 
     It writes in this process, so its results need no manager process, which would take seconds to start.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):
-        yield
+        logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"megatron\.core\.dist_checkpointing|torch\.distributed|torch\.storage")
 
 
 def _broken(folder: Path, error: BaseException) -> str:

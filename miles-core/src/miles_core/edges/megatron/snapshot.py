@@ -59,14 +59,17 @@ class Snapshot:
         if self._reserving:
             self._reserving.join()
             self._reserving = None
-        tensors = [tensor.detach().contiguous() for tensor in tensors]
-        of = _spans(tensors)
-        spans, size = {id(span): span for span in of}.values(), 0
-        for span in spans:
-            span.at, size = size, size + -(-(span.end - span.start) // ALIGN) * ALIGN
-        self._grow(size)
-        self._copy(list(spans))
-        return [self._shown(tensor, span) for tensor, span in zip(tensors, of, strict=True)]
+        with device.native():  # thousands of calls
+            tensors = [tensor.detach().contiguous() for tensor in tensors]
+            starts = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
+            of = _spans(tensors, starts)
+            spans, size = {id(span): span for span in of}.values(), 0
+            for span in spans:
+                span.at, size = size, size + -(-(span.end - span.start) // ALIGN) * ALIGN
+            self._grow(size)
+            self._copy(list(spans))
+            places = [span.at + start - span.start for span, start in zip(of, starts, strict=True)]
+            return [self._shown(tensor, at) for tensor, at in zip(tensors, places, strict=True)]
 
     def wait(self) -> None:
         """Until the copies are whole."""
@@ -104,29 +107,24 @@ class Snapshot:
             self._copied = self._stream.record_event()
         self._sources = [span.source for span in spans]
 
-    def _shown(self, tensor: Tensor, span: _Span) -> Tensor:
-        """The copy of ``tensor``. Not a view: where one is written, so is all of its storage."""
+    def _shown(self, tensor: Tensor, at: int) -> Tensor:
+        """The copy of ``tensor``, ``at`` this byte. Not a view: where one is written, so is all of its storage."""
         if not tensor.numel():
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        at = span.at + _start(tensor) - span.start
         flat = torch.frombuffer(self._memory.data, dtype=tensor.dtype, count=tensor.numel(), offset=at)
         return flat.view(tensor.shape)
 
 
-def _start(tensor: Tensor) -> int:
-    return int(tensor.storage_offset()) * tensor.itemsize
-
-
-def _spans(tensors: list[Tensor]) -> list[_Span]:
-    """The span that holds each tensor, as few as there can be."""
-    storages: dict[tuple[str, int], list[int]] = {}
+def _spans(tensors: list[Tensor], starts: list[int]) -> list[_Span]:
+    """The span that holds each tensor, which begins at such a byte of its storage; as few as there can be."""
+    storages: dict[tuple[torch.device, int], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        storages.setdefault((str(tensor.device), tensor.untyped_storage().data_ptr()), []).append(i)
+        storages.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append(i)
     found: dict[int, _Span] = {}
     for members in storages.values():
         span: _Span | None = None
-        for i in sorted(members, key=lambda i: _start(tensors[i])):
-            start, end = _start(tensors[i]), _start(tensors[i]) + tensors[i].nbytes
+        for i in sorted(members, key=starts.__getitem__):
+            start, end = starts[i], starts[i] + tensors[i].nbytes
             if span is None or start > span.end + GAP:
                 span = _Span(tensors[i], start, end)
             span.end = max(span.end, end)
