@@ -19,6 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic"
 WORKLOAD = Path(__file__).with_name("workload.toml")
 MILES = [sys.executable, "-c", "from miles_core.cli import main; main()"]
 STEPS, WARM = 14, 4  # of a run; the first ones find kernels and memory
+APART = 10  # steps from one checkpoint to the next, which waits until the one before is on the disk
 SAMPLES = 64 * 16  # a step of the example: groups of gpu.toml, attempts of run.toml
 BAR, STALL, ACCURACY = 0.08, 0.05, 0.95
 PARTS = ("step", "sample", "reward", "train", "sync", "checkpoint", "other")
@@ -75,8 +76,8 @@ def step(names: list[str], work: Path, sglang: Path, report: Report) -> None:
     """The rows "step" and "checkpoint" of a 0.6B model, and "step-100M" of the example."""
     if {"step", "checkpoint"} & set(names):
         options = [f"model.path={write(work, '0.6B')}", "placement.layout=colocate", "sglang.mem_fraction_static=0.4"]
-        options += ["checkpoint.every=6", "checkpoint.keep=1"]
-        rows = usual(miles_run([WORKLOAD, sglang], work / f"step-{time.time_ns()}", *options, "steps=20"), 20)
+        options += [f"checkpoint.every={APART}", "checkpoint.keep=1", f"steps={3 * APART + 1}"]
+        rows = usual(miles_run([WORKLOAD, sglang], work / f"step-{time.time_ns()}", *options), 3 * APART + 1)
         plain = [row for row in rows if "time/checkpoint" not in row]
         saving = [row for row in rows if "time/checkpoint" in row]
         report(share("step", "0.6B, 256 prompts x 256 tokens", plain))

@@ -51,6 +51,8 @@ max_tokens = 5
 
 [optim]
 lr = 8e-4
+schedule = "linear"  # by the end rewards keep still, and can be compared
+min_lr = 8e-5
 
 [eval]
 every = {steps}

@@ -25,8 +25,12 @@ def arguments(folder: Path, table: dict[str, Any], layout: str) -> tuple[Any, ..
 
 
 @contextmanager
-def serving(folder: Path, table: dict[str, Any], hang_s: float, layout: str = "colocate") -> Iterator[Served]:
-    with launched(arguments(folder, table, layout), hang_s=hang_s) as served:
+def serving(
+    folder: Path, table: dict[str, Any], hang_s: float, layout: str = "colocate", words: tuple[str, ...] = ()
+) -> Iterator[Served]:
+    """``words`` are arguments that a run may not set."""
+    said, *rest = arguments(folder, table, layout)
+    with launched(((*said, *words), *rest), hang_s=hang_s) as served:
         yield served
 
 

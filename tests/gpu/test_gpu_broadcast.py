@@ -21,14 +21,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
 APART = 0.01
 BUCKET = 16 << 20
-SMALL = {"mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16, "base_gpu_id": 1}
+SMALL = {"mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16}
+SECOND = ("--base-gpu-id", "1")  # the trainer is on the first
 
 
 @pytest.fixture(scope="module")
 def served(tiny: Path, flags: dict[str, Any]) -> Iterator[Served]:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    with serving(tiny, flags | SMALL, 15, "split") as served:
+    with serving(tiny, flags | SMALL, 15, "split", SECOND) as served:
         yield served
 
 

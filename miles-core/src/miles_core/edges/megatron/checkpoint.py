@@ -284,7 +284,9 @@ def _use_library() -> None:
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
         logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=r"megatron\.core\.dist_checkpointing|torch\.distributed|torch\.storage")
+        warnings.filterwarnings(
+            "ignore", module=r"megatron\.core\.dist_checkpointing|torch\.distributed|torch\.storage"
+        )
 
 
 def _broken(folder: Path, error: BaseException) -> str:

@@ -61,7 +61,7 @@ class Snapshot:
             self._reserving = None
         with device.native():  # thousands of calls
             tensors = [tensor.detach().contiguous() for tensor in tensors]
-            starts = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
+            starts = [int(tensor.storage_offset()) * tensor.itemsize for tensor in tensors]
             of = _spans(tensors, starts)
             spans, size = {id(span): span for span in of}.values(), 0
             for span in spans:
