@@ -240,7 +240,7 @@ class BroadcastTransport:
         while not sent.work.is_completed():
             self._check(sent)
             if time.monotonic() > deadline:
-                raise TransportError(f"{names_of(sent.places)}: no engine says what is wrong, but their broadcast hangs")
+                raise TransportError(f"{names_of(sent.places)}: their broadcast hangs, and no engine says why")
             time.sleep(LOOK_S)
         try:
             sent.work.wait()  # raises what went wrong with it

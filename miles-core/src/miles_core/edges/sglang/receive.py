@@ -1,4 +1,4 @@
-"""Weights that come by broadcast, in the server's own process: SGLang calls ``receive`` as its ``custom_weight_loader``.
+"""Weights that come by broadcast, inside the server: SGLang calls ``receive`` as its ``custom_weight_loader``.
 
 One call is all that one rank sends in an update. What is in the next bucket the sender writes down in a store that all
 can read, so that no bucket waits for a request to pass from the network to the scheduler, and the model looks up its
@@ -124,13 +124,13 @@ class Receiver:
                 tensor = flat[place.start : place.end].view(place.dtype).view(place.shape)
                 slot.given.append((place.name, ref(tensor)))
                 yield place.name, tensor
-            del tensor
+            del tensor, flat
             if self._stream:
                 slot.loaded = slot.loaded or torch.cuda.Event()
                 slot.loaded.record()
 
     def _receive(self, group: dist.ProcessGroup, slot: Slot, size: int) -> Tensor:
-        """[size] uint8 in the slot's buffer; whatever is done with it on the current stream comes behind its arrival."""
+        """[size] uint8 in the slot's buffer. Whatever the current stream does with it comes behind its arrival."""
         assert slot.buffer is not None
         flat = slot.buffer[:size]
         if self._stream is None:
