@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any
 
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ...types import Layout
 from ..protocols import TransportError, Worker

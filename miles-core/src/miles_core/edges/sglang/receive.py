@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .bucket import Place, names_of
 
@@ -94,7 +94,8 @@ class Receiver:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # Before the copies, which would fill the GPU: a broadcast that cannot start keeps every other receiver waiting.
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
         self._slots = Slot(), Slot()
         self._notes: TCPStore | None = None
         self.at = "before the first bucket"  # what it was at, for a complaint
@@ -126,7 +127,7 @@ class Receiver:
                 yield place.name, tensor
             del tensor, flat
             if self._stream:
-                slot.loaded = slot.loaded or torch.cuda.Event()
+                slot.loaded = slot.loaded or torch.cuda.Event()  # type: ignore[no-untyped-call]
                 slot.loaded.record()
 
     def _receive(self, group: dist.ProcessGroup, slot: Slot, size: int) -> Tensor:
