@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import pickletools
 import sys
 from base64 import b64decode
 from collections.abc import Iterable, Iterator
@@ -140,7 +141,10 @@ def opened(sending: Sending) -> list[tuple[str, torch.Tensor]]:
 
 
 def test_what_goes_with_the_request_is_all_in_it(sending: Sending) -> None:
-    """So that it may come from another machine: neither a file nor shared memory."""
+    """So that it may come from another machine: neither a file nor shared memory, and no name but one that every
+    SGLang opens."""
+    words = [word for _, word, _ in pickletools.genops(b64decode(sending.payload())) if isinstance(word, str)]
+    assert words[1:] == ["torch", "Tensor"]
     [(told, empty)] = opened(sending)
     assert Sending(**json.loads(told)) == sending and empty.numel() == 0
     places = [*Lone("a", torch.zeros(2, 3, dtype=torch.bfloat16)).places]

@@ -36,6 +36,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from .bucket import Place, names_of
 
 
+class Empty:
+    """Is opened as a tensor of no elements. SGLang opens known names only, and that is the one in it; a tensor would
+    bring those of whatever reduces tensors in its process, such as Megatron's."""
+
+    def __reduce__(self) -> tuple[type[Tensor], tuple[()]]:
+        return Tensor, ()
+
+
 @dataclass(frozen=True, slots=True)
 class Sending:
     """What a server is told of all that one rank sends in an update."""
@@ -48,9 +56,9 @@ class Sending:
     timeout_s: float  # to wait for a note
 
     def payload(self) -> str:
-        """As SGLang's ``MultiprocessingSerializer`` would give it, one named tensor, with all of this for its name. It
-        is empty, and has been pickled whole: no handle and no file goes with it, so it may go to another machine."""
-        return base64.b64encode(pickle.dumps([(json.dumps(asdict(self)), torch.empty(0))])).decode()
+        """As SGLang's ``MultiprocessingSerializer`` would give it: one named tensor, with all of this for its name, and
+        empty, so that neither handle nor file goes with it and it may go to another machine."""
+        return base64.b64encode(pickle.dumps([(json.dumps(asdict(self)), Empty())])).decode()
 
     def key(self, bucket: int) -> str:
         """What the note of a bucket is called."""
