@@ -16,11 +16,12 @@ from engine_cases import Served, apart, assert_bounded, assert_whole, group, pus
 from gpu_cases import Trainer, run_of, trainer, until
 from miles_core.edges.protocols import TransportError
 from miles_core.edges.sglang.broadcast import BroadcastTransport
+from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
 APART = 0.01
-BUCKET = 16 << 20
+BUCKET, SMALL_BUCKET = 16 << 20, 1 << 20
 SMALL = {"mem_fraction_static": 0.2, "cuda_graph_max_bs_decode": 16}
 SECOND = ("--base-gpu-id", "1")  # the trainer is on the first
 
@@ -64,6 +65,25 @@ def test_weights_arrive_by_broadcast_and_are_proved(
                 parameter.mul_(1.01)
         push(served, one, transport, served.version + 1)
         assert_serves(served, one)
+
+
+def test_every_byte_arrives_over_many_small_buckets(served: Served, one: Trainer, tiny: Path) -> None:
+    """A buffer that is received into too early, or copied out of too late, would leave other weights than the disk has:
+    the engine compares the checksum of each with that of version 0."""
+    disk = load_file(tiny / "model.safetensors", device="cuda")
+    transport = BroadcastTransport(1, SMALL_BUCKET, 60)
+    transport.connect([served.worker], one.model.layout)
+    assert sum(tensor.nbytes for tensor in disk.values()) > 16 * SMALL_BUCKET
+    version = served.version
+    for _ in range(5):
+        noise = ((name, torch.randn_like(tensor)) for name, tensor in disk.items())
+        for number, named in ((version + 1, noise), (0, iter(disk.items()))):
+            served.ask("begin_update")
+            transport.send(named, verify=not number)
+            served.ask("end_update", number)
+    push(served, one, transport, version + 1)
+    assert_serves(served, one)
+    transport.close()
 
 
 def test_a_send_takes_the_memory_of_its_buckets(served: Served, one: Trainer, transport: BroadcastTransport) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_cases import CLOSE, Weights, apart, assert_right, group
+from cpu_cases import BUCKET, CLOSE, Weights, apart, assert_right, group
 from miles_core.edges.protocols import Completion, EngineError, TransportError
 from miles_core.edges.sglang import wire
 from miles_core.edges.sglang.broadcast import BroadcastTransport
 from miles_core.edges.sglang.calls import Declined
 from miles_core.edges.sglang.process import states
+from miles_core.edges.sglang.receive import Sending
 from serving import START_S, Served
 from together.whole_runs import processes_of
 
@@ -150,7 +151,7 @@ def test_a_request_can_be_aborted_while_the_engine_is_paused(served: Served, wei
 
 
 def test_weights_outside_an_update_are_refused_by_both(served: Served) -> None:
-    bucket = wire.Broadcast(("model.norm.weight",), ("float32",), ((128,),), "nobody", "flattened_bucket")
+    bucket = wire.Tensors((Sending("nobody", "127.0.0.1", 1, 1, BUCKET, 1.0).payload(),), wire.RECEIVE)
     with pytest.raises(TransportError, match="weights arrived outside an update; call begin_update first"):
         served.ask("load", bucket)
     asked = served.live().call.post(*wire.update(bucket))
@@ -242,7 +243,7 @@ def test_an_update_cut_short_is_never_served(served: Served, transport: Broadcas
 
     with pytest.raises(ConnectionError, match="the rank is gone"):
         transport.send(cut(), verify=False)
-    assert served.worker.engine._loads, "some weights had been overwritten"
+    assert served.worker.engine._update.loads, "some weights had been overwritten"
     served.ask("abort_update")
     with pytest.raises(EngineError, match="was cut short; its successor serves nothing until whole weights arrive"):
         served.ask("address")
@@ -251,6 +252,21 @@ def test_an_update_cut_short_is_never_served(served: Served, transport: Broadcas
     push(served, transport, weights, served.version + 1)
     assert_right(weights, requests, started.result(120), {served.version})
     assert served.ask("health")["restarts"] == 1
+
+
+def test_what_the_server_cannot_load_is_told_in_its_last_words(
+    served: Served, transport: BroadcastTransport, weights: Weights
+) -> None:
+    """What Miles has SGLang call raises, and that ends the scheduler."""
+    restarts = served.ask("health")["restarts"]
+    served.ask("begin_update")
+    odd = ((name, t[:64].clone() if name == "model.norm.weight" else t) for name, t in weights.tensors(0))
+    with pytest.raises(TransportError, match=r"engine-0 did not load model(?s:.)*weights were not loaded, at bucket"):
+        transport.send(odd, verify=False)
+    served.ask("abort_update")
+    push(served, transport, weights, served.version + 1)
+    assert_right(weights, group(60, 2, 8), served.generate(group(60, 2, 8)), {served.version})
+    assert served.ask("health")["restarts"] == restarts + 1
 
 
 def test_what_is_not_the_model_on_disk_is_not_served_as_version_0(

@@ -129,20 +129,20 @@ class Server:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
+    async def arrived(self, body: dict[str, Any]) -> dict[str, int]:
+        """What is to be loaded; no handles here, but the values themselves."""
+        weights = {}
+        for payload in body["serialized_named_tensors"]:
+            weights |= json.loads(base64.b64decode(payload, validate=True))
+        return weights
+
     async def update(self, path: str, body: dict[str, Any]) -> Any:
         if self.sessions and self.scheduler.session is None:
             message = f"{path[1:]} must run between begin_weight_update() and end_weight_update()"
             return 400, {"success": False, "message": message}
         while not self.paused and self.readers:  # the writer's side of model_update_lock
             await asyncio.sleep(0.005)
-        if path == "/update_weights_from_tensor":
-            weights = {}
-            for payload in body["serialized_named_tensors"]:
-                weights |= json.loads(base64.b64decode(payload, validate=True))
-        elif body.get("group_name", "weight_update_group") not in self.scheduler.groups:
-            os._exit(1)  # an assertion in the scheduler's process
-        else:
-            weights = {name: shape[0] for name, shape in zip(body["names"], body["shapes"], strict=True)}
+        weights = await self.arrived(body)
         success, message = self.scheduler.load(weights, body, self.faults.pop("fail_load", None))
         if success and body.get("weight_version") is not None:
             self.version = body["weight_version"]
@@ -214,7 +214,7 @@ class Server:
                 return await self.pause(body)
             case "/continue_generation":
                 return await self.go_on(body)
-            case "/update_weights_from_tensor" | "/update_weights_from_distributed":
+            case "/update_weights_from_tensor":
                 return await self.update(path, body)
             case "/update_weight_version":
                 return self.set_version(body)
@@ -301,6 +301,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--max-running-requests", type=int, default=10000)
     parser.add_argument("--context-length", type=int, default=512)
     parser.add_argument("--cache-gib", type=float, default=0.0, help="told, with 2 GiB of weights")
+    parser.add_argument("--custom-weight-loader", nargs="*", default=[])
     for option in ("--model-path", "--host", "--weight-version"):
         parser.add_argument(option, required=True)
     parser.add_argument("--port", type=int, required=True)

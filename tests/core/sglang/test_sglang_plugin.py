@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from miles_core.config import RunConfig
 from miles_core.edges import sharing
-from miles_core.edges.sglang import SGLang, arguments
+from miles_core.edges.sglang import SGLang, arguments, wire
 
 OURS = {"engines": "sglang", "transport": "sglang"}  # on a CPU it is both or neither
 
@@ -170,7 +170,7 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
         "--no-enable-replay",
     ]
     own = ["--model-path", str(tmp_path), "--skip-tokenizer-init", "--random-seed", "8"]
-    own += ["--dtype", "bfloat16", "--enable-memory-saver"]
+    own += ["--dtype", "bfloat16", "--enable-memory-saver", "--custom-weight-loader", wire.RECEIVE]
     assert list(words) == said + own
     assert first.args[0] == tuple(word if word != "8" else "7" for word in words)
     lines = made.miles_explain()["engines"].splitlines()
@@ -221,6 +221,7 @@ def test_in_turns_an_engine_sits_beside_the_trainers_of_its_gpus(tmp_path: Path)
     made = plugin(tmp_path, {"tp_size": 2}, "colocate", placement={"trainers": 4, "engines": 2})
     assert complaints(made) == {}
     processes = made.miles_engines().processes
+    assert "--custom-weight-loader" not in processes[0].args[0]  # handles are opened by SGLang itself
     assert [process.beside for process in processes] == [("trainer-0", "trainer-1"), ("trainer-2", "trainer-3")]
     assert all(process.gpus == 0 and process.args[5] is True for process in processes)
     assert type(made.miles_transport()).__name__ == "HandleTransport"

@@ -92,7 +92,7 @@ def test_every_tensor_arrives_again_and_again(transport: Any) -> None:
         told = transport.send(iter(sent.items()), False)
         assert told == {"bytes": sum(x.nbytes for x in sent.values()), "tensors": len(sent)}
         assert_arrived(engine, sent)
-    assert engine.loads > 6  # several buckets each
+    assert engine.loads > 6 if isinstance(transport, HandleTransport) else engine.loads == 3  # one is all buckets
 
 
 def test_a_buffer_has_one_handle_for_all_updates(sglang: None) -> None:
@@ -156,7 +156,7 @@ def test_the_next_bucket_is_handed_over_while_one_is_loaded(sglang: None) -> Non
     load, arrived, taking = engine.load, threading.Semaphore(0), threading.Lock()
     slow: Any = engine
 
-    def take(bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+    def take(bucket: wire.Tensors) -> dict[str, int]:
         arrived.release()
         with taking:  # one after another, and none before two are there
             if not engine.loads:
@@ -176,7 +176,7 @@ def test_of_several_buckets_that_fail_the_first_is_told(sglang: None) -> None:
     failed: Any = engine
     second = threading.Event()
 
-    def fail(bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+    def fail(bucket: wire.Tensors) -> dict[str, int]:
         engine.loads += 1
         if engine.loads > 1:
             second.set()

@@ -312,25 +312,6 @@ def test_a_successor_of_a_paused_server_is_paused() -> None:
 # -- groups, memory, checksums ---------------------------------------------------------------------------------------
 
 
-def test_weights_come_by_broadcast_in_a_group_that_was_joined(dialect: str) -> None:
-    def bucket(version: int) -> wire.Broadcast:
-        return wire.Broadcast(("a", "b"), ("bfloat16",) * 2, ((version,), (version,)), "weights-0", "flattened_bucket")
-
-    async def go() -> None:
-        async with engines(dialect) as [worker]:
-            await worker.engine.join("127.0.0.1", 29500, 1, 3, "weights-0")
-            await worker.engine.begin_update()
-            assert await worker.engine.load(bucket(3)) == {}
-            await worker.engine.end_update(3)
-            assert (await worker.engine.checksums()) == {"0/a": f"{3:016x}", "0/b": f"{3:016x}"}
-            await worker.engine.leave("weights-0")
-            await worker.engine.begin_update()
-            with pytest.raises(TransportError, match="did not load"):
-                await worker.engine.load(bucket(4))
-
-    asyncio.run(go())
-
-
 def test_memory_is_released_between_rollouts_only(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         server, "FORGET", "/flush_cache?timeout=0.2"

@@ -18,18 +18,20 @@ def test_a_bucket_flushes_the_cache_only_when_told() -> None:
         "load_format": "flattened_bucket",
         "flush_cache": False,
     }
-    path, body = wire.update(wire.Broadcast(("w", "v"), ("bfloat16", "float32"), ((2, 3), ()), "weights-1", ""))
-    assert path == "/update_weights_from_distributed"
+    _, told = wire.update(wire.Tensors(("AAAA",), "flattened_bucket"), flush=True)
+    assert told["flush_cache"] is True
+
+
+def test_what_is_broadcast_is_received_once_and_not_again_for_a_draft_model() -> None:
+    path, body = wire.update(wire.Tensors(("AAAA",), wire.RECEIVE))
+    assert path == "/update_weights_from_tensor"
     assert body == {
-        "names": ["w", "v"],
-        "dtypes": ["bfloat16", "float32"],
-        "shapes": [[2, 3], []],
-        "group_name": "weights-1",
-        "load_format": None,
+        "serialized_named_tensors": ["AAAA"],
+        "load_format": "miles_core.edges.sglang.receive.receive",
+        "selector": "target",
+        "disable_draft_model": True,
         "flush_cache": False,
     }
-    _, told = wire.update(wire.Tensors(("AAAA",), ""), flush=True)
-    assert told["flush_cache"] is True
 
 
 def test_a_request_says_all_that_has_a_default() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import pickle
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from miles_core.edges.sglang import wire
+from miles_core.edges.sglang.receive import Receiver, Sending
 from miles_core.types import Layout
 
 LAYOUT = Layout(rank=0, world=1, dp_rank=0, dp_size=1, last_stage=True, reports=True)
@@ -132,34 +136,38 @@ class Engine:
             thread.join()
         self.groups[name] = [made[i] for i in range(self.width)]
 
-    def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+    def load(self, bucket: wire.Tensors) -> dict[str, int]:
         self.loads += 1
         if self.error:
             raise self.error
-        if isinstance(bucket, wire.Tensors):
-            for got, payload in zip(self.got, bucket.serialized, strict=True):
-                told = HANDLES[int(base64.b64decode(payload))]
-                for m in told["metadata"]:
-                    part = told["flattened_tensor"][m.start_idx : m.end_idx]
-                    got[m.name] = part.view(m.dtype).view(m.shape).clone()
-            return {}
-        sizes = [
-            torch.empty(shape, dtype=getattr(torch, dtype))
-            for shape, dtype in zip(bucket.shapes, bucket.dtypes, strict=True)
-        ]
-        if not bucket.load_format:  # one broadcast a tensor, as it is
-            for groups, got in zip(self.groups[bucket.group], self.got, strict=True):
-                for name, like in zip(bucket.names, sizes, strict=True):
-                    got[name] = like.clone()
-                    groups.broadcast(got[name], 0).wait()
-            return {}
-        flats = [torch.empty(sum(x.nbytes for x in sizes), dtype=torch.uint8) for _ in range(self.width)]
-        works = [group.broadcast(flat, 0) for group, flat in zip(self.groups[bucket.group], flats, strict=True)]
-        for work, flat, got in zip(works, flats, self.got, strict=True):
-            work.wait()
-            for name, like, part in zip(bucket.names, sizes, flat.split([x.nbytes for x in sizes]), strict=True):
-                got[name] = part.clone().view(like.dtype).view(like.shape)
+        assert len(bucket.serialized) == self.width
+        opened = self.receive if bucket.load_format == wire.RECEIVE else self.open
+        with ThreadPoolExecutor(self.width) as ranks:
+            list(ranks.map(opened, range(self.width), bucket.serialized))
         return {}
+
+    def open(self, rank: int, payload: str) -> None:
+        told = HANDLES[int(base64.b64decode(payload))]
+        for m in told["metadata"]:
+            part = told["flattened_tensor"][m.start_idx : m.end_idx]
+            self.got[rank][m.name] = part.view(m.dtype).view(m.shape).clone()
+
+    def receive(self, rank: int, payload: str) -> None:
+        """What ``receive.receive`` does, with the group at hand: in one process no two may have the same name."""
+        [(told, empty)] = pickle.loads(base64.b64decode(payload))
+        sending = Sending(**json.loads(told))
+        Receiver(empty.device).load(Model(self.got[rank]), self.groups[sending.group][rank], sending)
+
+
+class Model:
+    """Keeps a copy of what it is given."""
+
+    def __init__(self, got: dict[str, torch.Tensor]) -> None:
+        self.got = got
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.got[name] = tensor.clone()
 
 
 def assert_arrived(engine: Engine, sent: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ from ...hookspecs import hookimpl
 from ...plugins import Plugin
 from ..protocols import Engines, Process
 from ..sharing import gpu_bytes
+from .wire import RECEIVE
 
 if TYPE_CHECKING:
     from ...types import Complain
@@ -173,6 +174,8 @@ class SGLang(Plugin):
             own += ["--dtype", "bfloat16" if gpu else "float32"]
         if gpu:
             own += ["--enable-memory-saver"]
+        if self.run.placement.layout != "colocate":
+            own += ["--custom-weight-loader", RECEIVE]
         return tuple(own)
 
     def _says(self, key: str) -> int:

@@ -29,6 +29,7 @@ OURS = {
     "weight_version": "it counts training steps, and proves which server answered",
     "skip_tokenizer_init": "it is always on: tokens go in and out",
     "enable_memory_saver": "it is always on where there is a GPU",
+    "custom_weight_loader": "weights that are broadcast are received by Miles' own, and no other is asked for",
     "nnodes": "an engine runs on one machine; say placement.engines for more of them",
     "node_rank": "an engine runs on one machine; say placement.engines for more of them",
     "dist_init_addr": "an engine runs on one machine; say placement.engines for more of them",

@@ -1,4 +1,4 @@
-"""Weights to engines on other GPUs: one broadcast a bucket, to all of them at once."""
+"""Weights to engines on other GPUs: one broadcast a bucket, to all of them at once; ``receive`` is the other end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ...types import Layout
 from ..protocols import TransportError, Worker
@@ -22,8 +23,9 @@ from . import wire
 from .bucket import Flat, Lone, Place, buckets, names_of
 from .process import free_port, own_address
 from .proof import Proving
+from .receive import Sending, note
 
-AHEAD = 8  # buckets that engines were told of and have not loaded
+AHEAD = 8  # buckets that the GPU was given and has not sent
 LEAVE_S = 5.0  # for engines to leave a group
 LOOK_S = 0.0002  # between two looks whether the last broadcast is over
 
@@ -35,29 +37,33 @@ class Sent:
     """A bucket on its way."""
 
     places: list[Place]
-    tensor: Tensor  # stays until it was sent
+    tensor: Tensor | None  # until what comes next waits for it
     work: Any  # of the broadcast
-    loads: Answers
 
 
 class BroadcastTransport:
     """Implements ``miles_core.types.Transport``. One process group a sender, so one a pipeline stage, with all engines.
 
     The group is made when the first tensor is to be sent, and anew when an engine is not in it any more. Engines are
-    told of buckets ahead of time and take them in this order (see ``line``), broadcasts follow each other on the GPU,
-    and nobody waits for a reply in between: a bucket is filled again as soon as it was sent, by the GPU's own clock.
+    told once an update that buckets come, and read in a store here what is in each (see ``receive``). Broadcasts follow
+    each other on the GPU, and nobody waits for a reply in between: a bucket is filled again as soon as it was sent, by
+    the GPU's own clock. What a send takes is two buckets and, one at a time, a tensor that is larger.
     """
 
     def __init__(self, width: int, bucket_bytes: int, timeout_s: float, every: int = 0) -> None:
-        """``width``: tensor-parallel ranks of an engine. Who has not received a bucket by ``timeout_s`` is dead.
-        Whether all arrived is found out when that is asked for, and ``every`` so many updates."""
-        self._width, self._timeout = width, timeout_s
+        """``width``: tensor-parallel ranks of an engine. Who has not received by ``timeout_s`` is dead: a bucket that
+        is on its way, or all of them. Whether all arrived is found out when that is asked for, and ``every`` so many
+        updates."""
+        self._width, self._bucket_bytes, self._timeout = width, bucket_bytes, timeout_s
         self._proving = Proving(every)
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
         self._group: Any = None
         self._name = ""
-        self._numbers = count(1)
+        self._numbers, self._sends = count(1), count(1)  # of groups, and of updates
+        self._notes: TCPStore | None = None  # what is in buckets
+        self._written: list[str] = []  # notes of the update under way
         self._engines: list[Worker] = []
+        self._loads: Answers = []  # of the update under way
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
@@ -73,31 +79,30 @@ class BroadcastTransport:
         sent = tensors_sent = 0
         under_way: deque[Sent] = deque()
         before: Sent | None = None
+        sending: Sending | None = None
         turn, prove = False, self._proving.now(verify)
         members = self._members()  # they answer while the first bucket is filled
         try:
-            for bucket in buckets(tensors, self._flats):
-                if not sent:
+            for number, bucket in enumerate(buckets(tensors, self._flats)):
+                if sending is None:
                     turn = self._take_turn()
                     self._meet(bucket.tensor.device.type, members)
-                    if prove:
-                        for asked in [self._ask(engine, "prove") for engine in self._engines]:
-                            asked.result()
+                    sending = self._announce(prove)
                 sent, tensors_sent = sent + bucket.used, tensors_sent + len(bucket.places)
-                under_way.append(self._post(bucket))
+                under_way.append(self._post(bucket, sending.key(number)))
                 if before:  # what held it is filled next
                     self._pass(before)
                 before = under_way[-1]
                 while len(under_way) > AHEAD:
-                    self._settle(under_way.popleft())
-            for each in under_way:
-                self._settle(each)
-            if before:
-                self._arrive(before)
+                    self._arrive(under_way.popleft())
+            if sending:
+                self._write(sending.key(len(self._written)), [])
+                self._settle(under_way)
         except BaseException:
             self._leave()
             raise
         finally:
+            self._forget()
             if turn:
                 self._end_turn()
         return {"bytes": float(sent), "tensors": float(tensors_sent)}
@@ -108,6 +113,7 @@ class BroadcastTransport:
         if self._group is not None:
             self._leave()
             self._dismiss(self._engines)
+        self._notes = None
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
@@ -177,48 +183,77 @@ class BroadcastTransport:
         """Have engines leave the group, whose memory they would keep. One that cannot is no fault of an update."""
         wait([self._ask(engine, "leave", self._name) for engine in engines], LEAVE_S)
 
-    # -- a bucket ------------------------------------------------------------------------------------------------
+    # -- what is sent --------------------------------------------------------------------------------------------
 
-    def _post(self, bucket: Flat | Lone) -> Sent:
-        """Have every engine wait for a bucket, and send it; both go on behind this call."""
-        lone = isinstance(bucket, Lone)  # and is received as it is, where a flat bucket would be laid out there first
-        told = wire.Broadcast(
-            tuple(p.name for p in bucket.places),
-            tuple(str(p.dtype).removeprefix("torch.") for p in bucket.places),
-            tuple(tuple(p.shape) for p in bucket.places),
-            self._name,
-            "" if lone else "flattened_bucket",
-        )
-        loads = [(engine, self._ask(engine, "load", told)) for engine in self._engines]
-        tensor = bucket.whole if isinstance(bucket, Lone) else bucket.tensor
-        return Sent(bucket.places, tensor, self._group.broadcast(tensor, 0), loads)
+    def _announce(self, prove: bool) -> Sending:
+        """Have every engine receive buckets, as they come, until there are no more."""
+        if prove:
+            for asked in [self._ask(engine, "prove") for engine in self._engines]:
+                asked.result()
+        host = own_address()
+        if self._notes is None:
+            limit = timedelta(seconds=self._timeout)
+            self._notes = TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
+        where = self._name, host, self._notes.port
+        sending = Sending(*where, next(self._sends), self._bucket_bytes, self._timeout)
+        told = wire.Tensors((sending.payload(),) * self._width, wire.RECEIVE)
+        self._loads = [(engine, self._ask(engine, "load", told)) for engine in self._engines]
+        return sending
+
+    def _write(self, key: str, places: list[Place]) -> None:
+        """A note of what is in the next bucket."""
+        assert self._notes is not None
+        self._notes.set(key, note(places))
+        self._written.append(key)
+
+    def _forget(self) -> None:
+        """Drop the notes, behind the caller's back: by now everybody has read them, or will never."""
+        notes, written, self._written, self._loads = self._notes, self._written, [], []
+        if notes and self._loop:
+            self._loop.call_soon_threadsafe(lambda: [notes.delete_key(key) for key in written])
+
+    def _post(self, bucket: Flat | Lone, key: str) -> Sent:
+        """Say what is in a bucket, and send it; both go on behind this call."""
+        self._write(key, bucket.places)
+        return Sent(bucket.places, bucket.tensor, self._group.broadcast(bucket.tensor, 0))
 
     def _pass(self, sent: Sent) -> None:
         """Have what comes next wait until a bucket was sent: the GPU, not this thread, but where there is none."""
-        if not sent.tensor.is_cuda:
-            self._settle(sent)
-        sent.work.wait()
+        assert sent.tensor is not None
+        if sent.tensor.is_cuda:
+            sent.work.wait()
+        else:
+            self._arrive(sent)
+        sent.tensor = None
 
-    def _settle(self, sent: Sent) -> None:
-        """Wait until every engine has loaded a bucket. Raises TransportError with the first fault.
-
-        Engines answer when they have received, or could not; the broadcast itself might wait for ever for one that
-        is gone.
-        """
-        wait([load for _, load in sent.loads], return_when=FIRST_EXCEPTION)
-        for engine, load in sent.loads:
-            if load.done() and (cause := load.exception()):
-                raise TransportError(f"{engine.name} did not load {names_of(sent.places)}: {cause}") from cause
+    def _settle(self, under_way: deque[Sent]) -> None:
+        """Wait until all buckets were sent, and every engine has said that its GPU will load them."""
+        wait([load for _, load in self._loads], return_when=FIRST_EXCEPTION)
+        self._check(under_way[0])
+        for each in under_way:
+            self._arrive(each)
 
     def _arrive(self, sent: Sent) -> None:
-        """Wait until a bucket was sent, and so all before it. Engines answer as soon as their GPU will receive it."""
+        """Wait until a bucket was sent, and so all before it. Raises TransportError, with an engine's fault if there is
+        one: the broadcast itself might wait for ever for one that is gone."""
         deadline = time.monotonic() + self._timeout
         while not sent.work.is_completed():
+            self._check(sent)
             if time.monotonic() > deadline:
-                names = names_of(sent.places)
-                raise TransportError(f"{names}: every engine said that it loaded them, but their broadcast hangs")
+                raise TransportError(f"{names_of(sent.places)}: their broadcast hangs, and no engine says why")
             time.sleep(LOOK_S)
-        sent.work.wait()  # raises what went wrong with it
+        try:
+            sent.work.wait()  # raises what went wrong with it
+        except RuntimeError as error:
+            wait([load for _, load in self._loads], LEAVE_S, FIRST_EXCEPTION)
+            self._check(sent)
+            raise TransportError(f"{names_of(sent.places)} were not sent: {error}") from error
+
+    def _check(self, sent: Sent) -> None:
+        """Raises TransportError with the first fault of an engine, found while ``sent`` was on its way."""
+        for engine, load in self._loads:
+            if load.done() and (cause := load.exception()):
+                raise TransportError(f"{engine.name} did not load {names_of(sent.places)}: {cause}") from cause
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:

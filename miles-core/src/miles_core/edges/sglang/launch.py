@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 
@@ -15,6 +16,7 @@ from .process import ServerProcess, free_port, is_free
 
 PORTS = 5  # tried, where somebody else takes the first ones
 LOOK_S = 0.2
+ENDING_S = 5.0  # for one that closed its connections to be gone
 KNOWN_S = 5.0  # a server says which one it is at once, if it listens
 
 
@@ -49,6 +51,12 @@ class Live:
             return f"SGLang {self.release}"
         weights, cache, tokens = (self.memory[key] for key in ("weight", "kvcache", "token_capacity"))
         return f"SGLang {self.release}: {weights:.1f} GB of weights, {cache:.1f} GB of cache for {tokens:,} tokens"
+
+    async def last_words(self) -> str:
+        """What it printed last, to be put behind a complaint; "" if it is still there."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.process.ended.wait(), ENDING_S)
+        return "" if self.process.alive else await asyncio.to_thread(self.process.last_words)
 
     async def end(self) -> None:
         """Kill it, and wait until it is gone."""

@@ -52,12 +52,12 @@ class SGLangEngine:
     ) -> None:
         """``words`` are the server's arguments, all but those for its address and the version of its weights.
 
-        ``start_timeout_s``: for the server to start and to load its weights. ``timeout_s``: to load a bucket, or to
-        meet the others of a group. ``backend`` of these groups. ``vocab``: tokens the model has, 0 when that is not
-        known. ``turns``: trainers use the same GPUs; the server has no memory there from ``sleep`` on, and takes it
-        again as weights arrive, but where both fit and it ``may_stay``. ``hang_s``: a scheduler that says nothing
-        for so long, though it was told to do nothing long, hangs. ``command`` starts the server, where that is not the
-        stock one of this interpreter; ``host`` is where it listens, where that is not this machine's own address.
+        ``start_timeout_s``: for the server to start and to load its weights. ``timeout_s``: to load a bucket, or all
+        that a rank broadcasts in an update, or to meet the others of a group. ``backend`` of these groups. ``vocab``:
+        tokens the model has, 0 when that is not known. ``turns``: trainers use the same GPUs; the server has no memory
+        there from ``sleep`` on, and takes it again as weights arrive, but where both fit and it ``may_stay``.
+        ``hang_s``: a scheduler that says nothing for so long, though it was told to do nothing long, hangs. ``command``
+        starts a server with ``miles_core``, if not the stock one of this interpreter; ``host`` is where it listens.
         """
         self._command = (*(command or (sys.executable, "-m", "sglang.launch_server")), *words)
         self._host, self._backend, self._vocab = host or own_address(), backend, vocab
@@ -166,7 +166,7 @@ class SGLangEngine:
             self._update = Update(live, not gives, self._wake if gives else None)
             return True
 
-    async def load(self, bucket: wire.Tensors | wire.Broadcast) -> dict[str, int]:
+    async def load(self, bucket: wire.Tensors) -> dict[str, int]:
         """Have the server load a bucket, after those that came before, which need not be loaded yet. Returns no
         checksums: it has none of tensors as they were sent. Raises TransportError with what is wrong."""
         update = self._updating("weights arrived outside an update; call begin_update first")

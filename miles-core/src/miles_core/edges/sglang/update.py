@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from ..protocols import EngineError, TransportError
 from . import wire
-from .calls import Caller
+from .calls import Caller, Unreachable
 from .launch import Live
 from .line import Line
 from .proof import Check, Proof
@@ -54,8 +54,9 @@ class Update:
         """Whether the server's weights may be of no version."""
         return bool(self.loads or self._wake)
 
-    async def load(self, bucket: wire.Tensors | wire.Broadcast, timeout: float) -> None:
-        """Returns once the server has said that it loaded it. Raises EngineError."""
+    async def load(self, bucket: wire.Tensors, timeout: float) -> None:
+        """Returns once the server has said that it loaded it. Raises EngineError, with the last words of a server that
+        ended at it."""
         self.loads += 1
         async with self._handing:
             self._check()
@@ -69,7 +70,12 @@ class Update:
             path, body = wire.update(bucket, self._forget)
             answer = await self._line.send(path, body)
             self._forget, self._handed = False, True
-        await self._line.wait(path, answer, timeout)
+        try:
+            await self._line.wait(path, answer, timeout)
+        except Unreachable as error:
+            if self._over:
+                raise
+            raise Unreachable(f"{error}{await self.live.last_words()}") from error
 
     def prove(self, check: Check) -> None:
         """Have it found out whether all buckets arrive. Each rank that sends asks for it before its first one."""

@@ -18,32 +18,19 @@ from typing import Any
 from ..protocols import Completion, EngineError, Request
 
 MOST_TRIES = 4  # of one request; numbers its names at the server, so less than 10
+RECEIVE = "miles_core.edges.sglang.receive.receive"  # the server's custom_weight_loader, which it imports by this name
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Weights that the server opens in the sender's memory: one payload for each of its tensor-parallel ranks.
+    """Weights for the server: one payload for each of its tensor-parallel ranks.
 
     Each is base64 of what SGLang's ``MultiprocessingSerializer`` gives: handles, not bytes, where the tensors are on a
-    GPU. ``load_format`` "flattened_bucket" for one flat tensor with its metadata, "" for named tensors.
+    GPU. ``load_format`` "flattened_bucket" for one flat tensor with its metadata, which the server opens in the
+    sender's memory; RECEIVE for what tells it of buckets that are broadcast in a group that it was told to join.
     """
 
     serialized: tuple[str, ...]
-    load_format: str
-
-
-@dataclass(frozen=True, slots=True)
-class Broadcast:
-    """Weights that the server receives in the process group ``group``, which it was told to ``join`` before.
-
-    ``dtypes`` are torch's names without the prefix. ``load_format`` "flattened_bucket" for one flat tensor of bytes in
-    this order, "" for one broadcast a tensor.
-    """
-
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    group: str
     load_format: str
 
 
@@ -51,24 +38,16 @@ class Stranger(EngineError):
     """A server answered that is not the one asked: its port went to another."""
 
 
-def update(bucket: Tensors | Broadcast, flush: bool = False) -> tuple[str, dict[str, Any]]:
+def update(bucket: Tensors, flush: bool = False) -> tuple[str, dict[str, Any]]:
     """Path and body that load a bucket. ``flush`` the cache with it: once an update, while the server stands still.
 
     That keeps the memory in which buckets arrive, which ``/flush_cache`` would give back to the driver. 0.5.16 ends
     itself where a request is in flight, later ones decline.
     """
-    if isinstance(bucket, Tensors):
-        path = "/update_weights_from_tensor"
-        body: dict[str, Any] = {"serialized_named_tensors": list(bucket.serialized)}
-    else:
-        path = "/update_weights_from_distributed"
-        body = {
-            "names": list(bucket.names),
-            "dtypes": list(bucket.dtypes),
-            "shapes": [list(shape) for shape in bucket.shapes],
-            "group_name": bucket.group,
-        }
-    return path, body | {"load_format": bucket.load_format or None, "flush_cache": flush}
+    body: dict[str, Any] = {"serialized_named_tensors": list(bucket.serialized), "load_format": bucket.load_format}
+    if bucket.load_format == RECEIVE:  # once: what was broadcast has come, and a draft model would wait for it again
+        body |= {"selector": "target", "disable_draft_model": True}  # 0.5.23 knows the first, 0.5.16 the second
+    return "/update_weights_from_tensor", body | {"flush_cache": flush}
 
 
 def stamp(version: int, mark: str) -> str:
