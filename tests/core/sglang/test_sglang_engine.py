@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def test_a_server_that_dies_is_replaced_and_nothing_of_it_is_left(murder: Any) -
             assert not members(leader_of(first)) and len(members(leader_of(second))) == 4
             assert await worker.engine.address() == second.address != first.address  # version 0 is what is on disk
         assert not members(leader_of(second))
+
+    asyncio.run(go())
+
+
+def test_an_update_of_a_server_that_just_died_goes_to_its_successor(dialect: str) -> None:
+    """However many tries follow each other at once, as the loop's do: a second one waits for the successor."""
+
+    async def go() -> None:
+        async with engines(dialect) as [worker]:
+            await push(worker, 1)
+            kill_server(await live(worker))
+            with suppress(EngineError):
+                await worker.engine.begin_update()
+            await push(worker, 2)
+            assert worker.engine._restarts == 1 and (await worker.engine.health())["version"] == 2
 
     asyncio.run(go())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections import deque
@@ -59,7 +60,7 @@ class BroadcastTransport:
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
         self._group: Any = None
         self._name = ""
-        self._numbers, self._sends = count(1), count(1)  # of groups, and of updates
+        self._sends = count(1)  # updates
         self._notes: TCPStore | None = None  # what is in buckets
         self._written: list[str] = []  # notes of the update under way
         self._engines: list[Worker] = []
@@ -153,7 +154,7 @@ class BroadcastTransport:
             return
         self._leave()
         self._dismiss([engine for engine, there in members if there.result()])
-        self._name = f"miles-{self._layout.rank}-{next(self._numbers)}"
+        self._name = f"miles-{self._layout.rank}-{secrets.token_hex(4)}"  # both ends refuse one that they had
         host = own_address()
         port = free_port(host)
         world = 1 + len(self._engines) * self._width

@@ -15,7 +15,7 @@ from .launch import Live, launch
 from .process import own_address
 from .proof import Proof, checksums
 from .turns import Turns
-from .update import Update, cut_short
+from .update import Update, halt, unpin
 from .use import Use, requests
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
@@ -94,7 +94,7 @@ class SGLangEngine:
         live = await self._live()
         for id in [None] if ids is None else ids:
             self._aborted[id] = self._version
-        await self._unpin(live)
+        await unpin(live.call, self._paused)
         if ids is None:
             await live.call.repeat("/abort_request", {"abort_all": True})
             return
@@ -155,12 +155,12 @@ class SGLangEngine:
                     return False
                 self._update.end()  # of the server before this one
             self._use.halt()
-            if live.sessions:
-                await live.call.repeat("/pause_generation", {"mode": "retract"})
-            else:
-                await self._unpin(live)
-                async with self._cutting:
-                    await cut_short(live.call, self._timeout)
+            try:
+                await halt(live, self._paused, self._cutting, self._timeout)
+            except Unreachable:
+                if words := await live.last_words():  # whoever tries again is to wait for its successor
+                    self._replace(live, f"its server died{words}")
+                raise
             gives = self._turns.begin()
             await (self.release(["kv_cache", "weights"]) if gives else self._open(live))
             self._update = Update(live, not gives, self._wake if gives else None)
@@ -316,11 +316,6 @@ class SGLangEngine:
         if not self._is_current(self._update.live):
             raise TransportError(f"the server was replaced in the middle of the update; {self._refusal}")
         return self._update
-
-    async def _unpin(self, live: Live) -> None:
-        """Make requests of a paused server abortable: those that keep their place are, but by their next token."""
-        if self._paused:
-            await live.call.repeat("/pause_generation", {"mode": "retract"})
 
     async def _go_on(self, live: Live) -> None:
         # By default this would also give memory back to the driver, which takes longer than the rest of an update.

@@ -17,6 +17,23 @@ GIVEN_UP = "its update was given up meanwhile"
 CUTS, CUT_S = 30, 0.01  # looks whether requests are back, and seconds between two
 
 
+async def halt(live: Live, paused: bool, cutting: asyncio.Lock, timeout: float) -> None:
+    """Have a server write nothing, and keep nothing of old weights for what is in flight. ``paused``: it was told to
+    keep its requests where they are. ``cutting`` is held while requests come back that are to be asked for anew."""
+    if live.sessions:
+        await live.call.repeat("/pause_generation", {"mode": "retract"})
+        return
+    await unpin(live.call, paused)
+    async with cutting:
+        await cut_short(live.call, timeout)
+
+
+async def unpin(call: Caller, paused: bool) -> None:
+    """Make requests of a paused server abortable: those that keep their place are, but by their next token."""
+    if paused:
+        await call.repeat("/pause_generation", {"mode": "retract"})
+
+
 async def cut_short(call: Caller, timeout: float) -> None:
     """Have every request in flight come back aborted, with the tokens it has, and new ones wait. For servers without
     sessions: 0.5.16 would go on with what it computed by the old weights.
