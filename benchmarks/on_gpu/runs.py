@@ -77,36 +77,45 @@ def step(names: list[str], work: Path, sglang: Path, report: Report) -> None:
     if {"step", "checkpoint"} & set(names):
         options = [f"model.path={write(work, '0.6B')}", "placement.layout=colocate", "sglang.mem_fraction_static=0.4"]
         options += [f"checkpoint.every={APART}", "checkpoint.keep=1", f"steps={3 * APART + 1}"]
-        rows = usual(miles_run([WORKLOAD, sglang], work / f"step-{time.time_ns()}", *options), 3 * APART + 1)
-        plain = [row for row in rows if "time/checkpoint" not in row]
-        saving = [row for row in rows if "time/checkpoint" in row]
-        report(share("step", "0.6B, 256 prompts x 256 tokens", plain))
-        stall = statistics.median(row["time/checkpoint"] for row in saving)
-        usually = statistics.median(row["time/step"] for row in plain)
-        report(
-            Row(
-                "checkpoint",
-                "training stands still for a checkpoint of 0.6B parameters, optimizer included",
-                stall,
-                "s",
-                usually,
-                "a step",
-                stall / usually,
-                f"under {STALL:g}",
-                stall < STALL * usually,
-                "each: " + ", ".join(f"{row['time/checkpoint']:.3f}" for row in saving),
-            )
-        )
+        colocated(miles_run([WORKLOAD, sglang], work / f"step-{time.time_ns()}", *options), report)
     if "step-100M" in names:
         rows = example(work, sglang, "colocate", "placement.layout=colocate")
         report(share("step-100M", "100M, the arithmetic example: 1,024 samples of at most 4 tokens", rows))
+
+
+def colocated(rows: Rows, report: Report) -> None:
+    """The rows "step" and "checkpoint", of all steps of a run."""
+    rows = usual(rows, 3 * APART + 1)
+    plain = [row for row in rows if "time/checkpoint" not in row]
+    saving = [row for row in rows if "time/checkpoint" in row]
+    report(share("step", "0.6B, 256 prompts x 256 tokens", plain))
+    stall = statistics.median(row["time/checkpoint"] for row in saving)
+    usually = statistics.median(row["time/step"] for row in plain)
+    report(
+        Row(
+            "checkpoint",
+            "training stands still for a checkpoint of 0.6B parameters, optimizer included",
+            stall,
+            "s",
+            usually,
+            "a step",
+            stall / usually,
+            f"under {STALL:g}",
+            stall < STALL * usually,
+            "each: " + ", ".join(f"{row['time/checkpoint']:.3f}" for row in saving),
+        )
+    )
 
 
 def layouts(work: Path, sglang: Path, report: Report) -> None:
     """Two GPUs used in turns by both sides, and one for each side."""
     two = ("placement.trainers=2", "placement.engines=2")
     turns = example(work, sglang, "turns", "placement.layout=colocate", *two)
-    apart = example(work, sglang, "split", "placement.layout=split", "mode=overlap")
+    side_by_side(turns, example(work, sglang, "split", "placement.layout=split", "mode=overlap"), report)
+
+
+def side_by_side(turns: Rows, apart: Rows, report: Report) -> None:
+    """The row "split", of the usual steps of both runs."""
     rates = [SAMPLES / statistics.median(row["time/step"] for row in rows) for rows in (apart, turns)]
     report(
         Row(
@@ -118,7 +127,7 @@ def layouts(work: Path, sglang: Path, report: Report) -> None:
             "colocated in turns",
             rates[0] / rates[1],
             "report both",
-            note=f"medians of {len(turns)} steps",
+            note=f"medians of {len(apart)} and {len(turns)} steps",
         )
     )
 
