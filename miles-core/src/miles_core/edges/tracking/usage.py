@@ -74,9 +74,8 @@ def advice(history: History, run: RunConfig) -> tuple[str, str]:
     waited = sum(last["time/wait"]) / sum(last["time/step"])
     ahead = run.batch.groups * run.max_staleness  # beside those that are being trained on
     flying, place = sum(last["utilization/in_flight"]) / RECENT, run.placement
-    told = (
-        f"over {RECENT} steps training waited {waited:.0%} of the time; {flying:.1f} of {ahead} groups were under way"
-    )
+    most = ahead + run.batch.groups  # while training waits for its own
+    told = f"over {RECENT} steps training waited {waited:.0%} of the time; {flying:.1f} of {most} groups were under way"
     more = "more" if place.layout == "cpu" else "more GPUs"
     if waited >= WAITS:
         return (
