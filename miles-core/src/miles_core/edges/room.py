@@ -45,9 +45,9 @@ class Room:
         try:
             return act(False)
         except OSError as error:
-            began = time.monotonic()
-            self.say(waits(self._mendable(error, path)))
+            began, full = time.monotonic(), self._mendable(error, path)
         with _told() as told:
+            self.say(waits(full))  # who reads it may tell the run to end
             while True:
                 if told or _ending:
                     _end(path)
