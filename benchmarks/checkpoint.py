@@ -146,7 +146,9 @@ class Bench:
 
 
 async def measure(case: Case, pairs: int) -> Result:
-    with tempfile.TemporaryDirectory(dir=HERE.parent) as temporary:  # beside the code, on a disk
+    runs = HERE.parent / "runs"  # on a disk, and where git does not look: one that is killed leaves it there
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs) as temporary:
         folder = Path(temporary)
         result = Result(case, model(case, folder / "model"), 0.0)
         settings = [f"model.path={folder / 'model'}", f"placement.trainers={case.ranks}", "placement.engines=0"]

@@ -94,7 +94,7 @@ def steady(run: dict[str, list[float]]) -> float:
 
 
 def compare(python: str, size: str, seeds: int, steps: int, lr: float, modes: list[str]) -> dict[str, Any]:
-    folder = HERE / "work"
+    folder = HERE.parents[1] / "runs" / "trl"
     parameters = write(folder, *SIZES[size])
     probe = {threads: steady(trl(python, folder, 30, 99, threads, lr)) for threads in (1, 2)}
     threads = max(probe, key=lambda n: probe[n])
