@@ -26,12 +26,14 @@ from gpu import SGLANG, machine, visible
 from on_gpu.models import write
 from on_gpu.runs import WARM, WORKLOAD, miles_run
 
-MODES = {  # and the versions that tokens may be behind
-    "sync": ("sync", 0),
-    "overlap": ("overlap", 1),
-    "async, 1 version": ("async", 1),
-    "async, 2": ("async", 2),
-    "async, 4": ("async", 4),
+MODES = {  # the versions that tokens may be behind, and what becomes of responses under way when weights arrive
+    "sync": ("sync", 0, ""),
+    "overlap": ("overlap", 1, ""),
+    **{
+        f"async, {behind}, {how}": ("async", behind, how.replace(" ", "_"))
+        for behind in (1, 2, 4)
+        for how in ("retract", "in place")
+    },
 }
 ATTEMPTS = 8  # of a group, as in workload.toml
 LAST = 5  # steps whose rewards are averaged
@@ -42,9 +44,9 @@ Found = dict[str, dict[str, Any]]  # by "mode/seed"
 def keys(args: argparse.Namespace, model: Path, mode: str, seed: int) -> list[str]:
     shape = [f"workload.median={args.median}", f"workload.sigma={args.sigma}", f"rollout.max_tokens={args.tokens}"]
     learn = [f"optim.lr={args.lr}", f"batch.groups={args.groups}", f"steps={args.steps}", f"seed={seed}"]
-    (kind, behind), streaming = MODES[mode], []
-    if kind == "async":
-        streaming = [f"rollout.max_staleness={behind}"]
+    (kind, behind, how), streaming = MODES[mode], []
+    if how:
+        streaming = [f"rollout.max_staleness={behind}", f"rollout.weights={how}"]
     graphs = f"sglang.cuda_graph_max_bs_decode={(1 + behind) * args.groups * ATTEMPTS}"  # so many are in flight at most
     return [f"model.path={model}", "placement.layout=split", graphs, f"mode={kind}", *streaming, *shape, *learn]
 
@@ -100,7 +102,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--groups", type=int, default=16, help=f"a step, of {ATTEMPTS} attempts each")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["sync", "overlap", "async, 2"], metavar="MODE")
+    usual = ["sync", "overlap", "async, 2, in place"]
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=usual, metavar="MODE", help=" | ".join(MODES))
     parser.add_argument("--tokens", type=int, default=1024, help="most of a response")
     parser.add_argument("--median", type=float, default=128, help="tokens of a response")
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of a response's length")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles_core.edges.protocols import Completion, Request
-from miles_core.edges.sglang.client import SGLangClient
+from miles_core.edges.sglang.client import KeepingClient, SGLangClient
 from miles_core.edges.sglang.launch import Live
 from miles_core.edges.sglang.server import SGLangEngine
 
@@ -86,3 +86,17 @@ def serving(args: tuple[Any, ...], **options: Any) -> Iterator[Served]:
     finally:
         served.ask("close")
         turning.loop.call_soon_threadsafe(turning.loop.stop)
+
+
+@contextmanager
+def keeping(served: Served) -> Iterator[Served]:
+    """The same server; its engine and the client such as ``rollout.weights = "in_place"`` makes them."""
+
+    async def client() -> KeepingClient:
+        return KeepingClient([served.worker], START_S)
+
+    served.worker.engine._keeps = True
+    try:
+        yield Served(served.worker, served.worker.turning.submit(client()).result(), served.version)
+    finally:
+        served.worker.engine._keeps = False

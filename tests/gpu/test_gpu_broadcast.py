@@ -17,6 +17,7 @@ from gpu_cases import Trainer, run_of, trainer, until
 from miles_core.edges.protocols import TransportError
 from miles_core.edges.sglang.broadcast import BroadcastTransport
 from safetensors.torch import load_file
+from serving import keeping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
@@ -88,6 +89,29 @@ def test_every_byte_arrives_over_many_small_buckets(served: Served, one: Trainer
 
 def test_a_send_takes_the_memory_of_its_buckets(served: Served, one: Trainer, transport: BroadcastTransport) -> None:
     assert_bounded(one, transport, BUCKET, lambda: push(served, one, transport, served.version + 1))
+
+
+def test_in_place_requests_go_on_over_what_the_old_weights_computed(
+    served: Served, one: Trainer, transport: BroadcastTransport
+) -> None:
+    """And whoever asks later reads the same prompt by the new ones."""
+    push(served, one, transport, served.version + 1)
+    old, requests = served.version, [r for g in range(40, 44) for r in group(g, 4, 800)]
+    with keeping(served) as kept:
+        started = kept.start(requests)
+        until(lambda: served.ask("health")["running"] == len(requests), 30, "requests run")
+        time.sleep(0.3)
+        with torch.no_grad():
+            for parameter in one.model.module.parameters():
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+        assert not started.done()
+        push(served, one, transport, old + 1)
+        completions, later = started.result(120), kept.generate(requests)
+    for completion in completions:
+        assert completion.finish == "length" and len(completion.tokens) == len(completion.logprobs) == 800
+        assert set(completion.versions) == {old, old + 1} and completion.versions == sorted(completion.versions)
+    assert_whole(requests, later, old + 1)
+    assert apart(one, requests, later) < APART < 2 * APART < apart(one, requests, completions, old + 1)
 
 
 def test_a_server_that_dies_among_buckets_ends_the_send(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from miles_core.config import RunConfig
 from miles_core.edges.protocols import Completion, Request, Sampling
 from miles_core.edges.sglang import SGLang
 from serving import START_S
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 CPU = Path(__file__).with_name("cpu.toml")  # arguments of the server
 SHAPE = {
@@ -45,6 +47,33 @@ class Weights:
         tokens = request.tokens + completion.tokens
         [logits] = self.of(version)(torch.tensor([tokens])).logits[:, len(request.tokens) - 1 : -1].float()
         scores = (logits / (request.sampling.temperature or 1.0)).log_softmax(-1)
+        return scores.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0].tolist()
+
+    @torch.no_grad()
+    def in_place(self, request: Request, completion: Completion, found_after: int) -> list[float]:
+        """Those of tokens where each version's weights read on over the keys and values of the one before.
+
+        ``found_after``: steps behind an update from which on the last token before it counts as old weights read it;
+        0 for never. Until then it counts as the new ones did, to write the first token.
+        """
+        tokens, past, before = request.tokens + completion.tokens, DynamicCache(), -1
+        logits: list[torch.Tensor] = []
+
+        def read(version: int, end: int, past: DynamicCache) -> torch.Tensor:
+            ids = torch.tensor([tokens[past.get_seq_length() : end]])
+            return self.of(version)(ids, past_key_values=past, use_cache=True).logits[0].float()
+
+        for version, wrote in groupby(completion.versions):
+            start = past.get_seq_length()
+            end = (start or len(request.tokens) - 1) + len(list(wrote))  # the last one is read by whoever goes on
+            if start and found_after:
+                read(before, start + 1, old := copy.deepcopy(past))
+                logits += read(version, start + found_after, past)
+                for mine, theirs in zip(past.layers, old.layers, strict=True):
+                    mine.keys[:, :, start], mine.values[:, :, start] = theirs.keys[:, :, -1], theirs.values[:, :, -1]
+            logits += read(version, end, past)[0 if start else len(request.tokens) - 1 :]
+            before = version
+        scores = (torch.stack(logits) / (request.sampling.temperature or 1.0)).log_softmax(-1)
         return scores.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0].tolist()
 
 

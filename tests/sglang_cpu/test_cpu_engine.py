@@ -18,7 +18,7 @@ from miles_core.edges.sglang.broadcast import BroadcastTransport
 from miles_core.edges.sglang.calls import Declined
 from miles_core.edges.sglang.process import states
 from miles_core.edges.sglang.receive import Sending
-from serving import START_S, Served
+from serving import START_S, Served, keeping
 from together.whole_runs import processes_of
 
 pytestmark = [pytest.mark.sglang_cpu, pytest.mark.timeout(2 * START_S)]
@@ -195,6 +195,31 @@ def test_requests_in_flight_go_on_with_the_new_weights(
     served.version = old + 1
     assert_right(weights, requests, started.result(120), {old, old + 1})
     assert_right(weights, group(31, 1, 8), late.result(60), {old + 1})
+
+
+def test_in_place_they_go_on_over_the_keys_and_values_of_the_old_ones(
+    served: Served, transport: BroadcastTransport, weights: Weights
+) -> None:
+    """And whoever asks later reads the same prompt by the new ones, which is all that can tell them apart."""
+    old, requests, later = served.version, group(33, 4, LONG), group(33, 4, 24)
+    with keeping(served) as kept:
+        started = kept.start(requests)
+        writing(served, 4)
+        push(served, transport, weights, old + 1)
+        completions = started.result(120)
+        assert_right(weights, later, kept.generate(later), {old + 1})
+    push(served, transport, weights, old + 2)  # has the server forget
+    for request, completion in zip(requests, completions, strict=True):
+        assert len(completion.tokens) == LONG and completion.versions == sorted(completion.versions)
+        assert set(completion.versions) == {old, old + 1}
+        # Decoding runs a step ahead, so the old weights may have read the last token that they wrote. Then SGLang takes
+        # those keys and values back once it finds that it has two of them: behind one new token, or behind two.
+        off = []
+        for found_after in (0, 1, 2):
+            pairs = zip(weights.in_place(request, completion, found_after), completion.logprobs, strict=True)
+            off.append(max(abs(a - b) for a, b in pairs))
+        assert min(off) < CLOSE, off
+        assert apart(weights, request, completion) > FAR, "all of it was computed anew"
 
 
 def test_an_update_comes_through_while_the_engine_is_paused(

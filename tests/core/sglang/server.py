@@ -52,12 +52,14 @@ class Server:
         if twice := [rid for rid in rids if rids.count(rid) > 1]:
             raise Declined(f"Duplicate request IDs detected within the request: {twice}")
         requests = []
-        for rid, prompt, params, mask in zip(
-            rids, prompts, body["sampling_params"], body["return_sampling_mask"], strict=True
+        keys = body.get("extra_key") or [None] * len(rids)
+        for rid, prompt, params, mask, key in zip(
+            rids, prompts, body["sampling_params"], body["return_sampling_mask"], keys, strict=True
         ):
             if rid in self.known:
                 raise Declined(f"Duplicate request ID detected: {rid}")
-            self.known[rid] = request = Request(rid, prompt, params, mask, asyncio.get_running_loop().create_future())
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.known[rid] = request = Request(rid, prompt, params, mask, done, key)
             requests.append(request)
         try:
             return 200, await self.answer(requests)
@@ -81,6 +83,7 @@ class Server:
     def told(self, request: Request) -> dict[str, Any]:
         meta: dict[str, Any] = {"id": request.rid, "finish_reason": request.finish, "weight_version": self.version}
         meta |= {"completion_tokens": len(request.seen), "prompt_tokens": len(request.prompt), "num_retractions": 0}
+        meta["cached_tokens"] = request.found
         meta["output_token_logprobs"] = [[value, token, None] for token, value in request.seen]
         if "null" in self.faults and request.seen:
             meta["output_token_logprobs"][0][0] = None

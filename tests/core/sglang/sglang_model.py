@@ -26,6 +26,12 @@ def logprob_of(sequence: list[int], version: int, temperature: float) -> float:
     return -(0.25 + (len(sequence) % 8) / 16 + version / 4) / (temperature or 1.0)
 
 
+def common(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 @dataclass(eq=False)
 class Request:
     rid: str
@@ -33,6 +39,8 @@ class Request:
     params: dict[str, Any]
     mask: bool
     done: asyncio.Future[None]
+    key: str | None = None  # extra_key: whose cache it shares
+    found: int = 0  # tokens of the prompt that were in it
     written: list[tuple[int, float]] = field(default_factory=list)
     cached: tuple[int, ...] = ()  # the weights by which its keys and values were computed; () for none
     changes: list[tuple[str, int]] = field(default_factory=list)  # (version before it, tokens then)
@@ -71,6 +79,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.prefixes: dict[tuple[int, ...], tuple[int, ...]] = {}  # the radix cache: by which weights
+        self.named: dict[str, list[list[int]]] = {}  # the same of requests with a key: what they had read and written
         self.paused = False
         self.session: int | None = None  # weights loaded in it
         self.groups: set[str] = set()
@@ -91,6 +100,9 @@ class Scheduler:
         starting, self.waiting = self.waiting[:room], self.waiting[room:]
         for request in starting:
             request.cached = now
+            if request.key:
+                read = self.named.get(request.key, [])
+                request.found = max((common(known, request.prompt[:-1]) for known in read), default=0)
             if not all(0 <= token < VOCAB for token in request.prompt):
                 os._exit(1)  # an index error, or an assertion on the GPU
         self.running += starting
@@ -114,7 +126,7 @@ class Scheduler:
             token = MIXED
         elif request.cached != now:
             token = STALE_CACHE
-        elif self.prefixes.setdefault(tuple(request.prompt), now) != now:
+        elif not request.key and self.prefixes.setdefault(tuple(request.prompt), now) != now:
             token = STALE_PREFIX
         request.written.append((token, logprob_of(sequence, version, request.params["temperature"])))
         self.tokens += 1
@@ -123,6 +135,9 @@ class Scheduler:
 
     def leave(self, request: Request, finish: dict[str, Any]) -> None:
         self.running.remove(request)
+        if request.key:
+            tokens = [token for token, _ in request.written]
+            self.named.setdefault(request.key, []).append(request.prompt + tokens)
         request.seen = request.written
         request.end(finish)
 
@@ -152,6 +167,7 @@ class Scheduler:
         if not self.idle():
             return False
         self.prefixes.clear()
+        self.named.clear()
         return True
 
     def load(self, weights: dict[str, int], body: dict[str, Any], fail: str | None) -> tuple[bool, str]:

@@ -27,6 +27,7 @@ class ServerArgs:
         parser.add_argument("--mem-fraction-static", type=float)
         parser.add_argument("--attention-backend", choices=["triton", "fa3"])
         parser.add_argument("--disable-cuda-graph", action="store_true")
+        parser.add_argument("--disable-radix-cache", action="store_true")
         parser.add_argument("--enable-deterministic-inference", action="store_true")
         parser.add_argument("--enable-replay", action=argparse.BooleanOptionalAction)
         parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
@@ -159,7 +160,7 @@ def test_each_engine_gets_its_gpus_and_its_words(tmp_path: Path) -> None:
     made = plugin(tmp_path, table, placement={"engines": 2}, seed=7, rollout={"timeout_s": 60})
     first, second = made.miles_engines().processes
     words, *rest = second.args
-    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61, False, True])
+    assert (second.name, second.gpus, rest) == ("engine-1", 2.0, [900, 60, "nccl", 61, False, True, False])
     said = [
         "--tp-size",
         "2",
@@ -235,7 +236,14 @@ def test_in_turns_an_engine_sits_beside_the_trainers_of_its_gpus(tmp_path: Path)
         ("colocate", {}, {"mode": "overlap"}, "mode"),
         ("colocate", {}, {"mode": "async"}, "mode"),
         ("colocate", {}, {"mode": "async", "rollout": {"max_staleness": 0}}, "mode"),
-        ("split", {}, {"mode": "async", "rollout": {"weights": "in_place"}}, "rollout.weights"),
+        ("split", {}, {"mode": "async", "rollout": {"weights": "in_place"}}, None),
+        ("split", {"disable_radix_cache": True}, {"mode": "async"}, None),
+        (
+            "split",
+            {"disable_radix_cache": True},
+            {"mode": "async", "rollout": {"weights": "in_place"}},
+            "sglang.disable_radix_cache",
+        ),
         ("split", {}, {"mode": "async", "rollout": {"weights": "drain"}}, None),
         ("colocate", {"tp_size": 2}, {}, "placement.engines"),
         ("colocate", {}, {"placement": {"trainers": 2}}, "placement.engines"),
@@ -301,7 +309,9 @@ def test_a_plan_tells_what_an_engine_has_room_for(tmp_path: Path, monkeypatch: p
     ("run", "client"),
     [
         ({"mode": "async", "rollout": {"max_staleness": 2}}, "StreamingClient"),
+        ({"mode": "async", "rollout": {"weights": "in_place"}}, "KeepingClient"),
         ({"mode": "async", "rollout": {"max_staleness": 0}}, "SGLangClient"),
+        ({"mode": "async", "rollout": {"max_staleness": 0, "weights": "in_place"}}, "SGLangClient"),
         ({"mode": "overlap"}, "SGLangClient"),
         ({}, "SGLangClient"),
     ],
@@ -309,4 +319,7 @@ def test_a_plan_tells_what_an_engine_has_room_for(tmp_path: Path, monkeypatch: p
 def test_groups_of_an_asynchronous_run_do_not_wait_for_each_other(
     tmp_path: Path, run: dict[str, Any], client: str
 ) -> None:
-    assert plugin(tmp_path, {}, **run).miles_engines().client == f"miles_core.edges.sglang.client:{client}"
+    """And only where each call names its keys and values are those of old weights kept."""
+    made = plugin(tmp_path, {}, **run).miles_engines()
+    assert made.client == f"miles_core.edges.sglang.client:{client}"
+    assert made.processes[0].args[-1] is (client == "KeepingClient")

@@ -61,6 +61,8 @@ def test_a_request_says_all_that_has_a_default() -> None:
         "return_logprob": True,
         "return_sampling_mask": [False, True],
     }
+    named = wire.generate([plain, cut], ["x", "y"], ["a", "b"])
+    assert named.pop("extra_key") == ["a", "b"] and named == wire.generate([plain, cut], ["x", "y"])
     greedy = Request("1/2", [5], Sampling(7, temperature=0.0, top_p=0.9, top_k=40), seed=0)
     assert wire.generate([greedy], ["x"])["return_sampling_mask"] == [False]
 

@@ -89,9 +89,9 @@ class SGLang(Plugin):
         if (self.run.own | self.run.use)["transport"] == "shm":  # what a run on a CPU has, if it says nothing
             why = "weights in shared memory are for the local engine"
             complain("use.transport", f'{why}; say use.transport = "sglang" beside use.engines = "sglang"')
-        if self.run.rollout.weights == "in_place":
-            why = "SGLang would keep prompts that old weights have read, and give them to new requests"
-            complain("rollout.weights", f'{why}; say "retract" or "drain"')
+        if self._keeps and self.table.get("disable_radix_cache"):
+            why = 'rollout.weights = "in_place" has requests find what they computed again, in that cache'
+            complain("sglang.disable_radix_cache", f'{why}; leave it on, or say "retract"')
         if place.layout == "colocate" and (self.run.max_staleness or self.run.mode == "async"):
             complain(
                 "mode", 'trainers and engines that share GPUs take turns: mode = "sync", or placement.layout = "split"'
@@ -140,15 +140,25 @@ class SGLang(Plugin):
                     self._says("vocab_size"),
                     turns,
                     self.config.stays,
+                    self._keeps,
                 ),
                 gpus=0.0 if turns else float(gpus),
                 beside=tuple(f"trainer-{i * gpus + j}" for j in range(gpus)) if turns else (),
             )
             for i in range(self.run.placement.engines)
         ]
-        streams = self.run.mode == "async" and self.run.max_staleness > 0
-        client = "StreamingClient" if streams else "SGLangClient"
+        client = "KeepingClient" if self._keeps else "StreamingClient" if self._streams else "SGLangClient"
         return Engines(processes, client=f"miles_core.edges.sglang.client:{client}")
+
+    @property
+    def _streams(self) -> bool:
+        """Whether anything is in flight while weights move."""
+        return self.run.mode == "async" and self.run.max_staleness > 0
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether that goes on over the keys and values of the old weights."""
+        return self._streams and self.run.rollout.weights == "in_place"
 
     @hookimpl
     def miles_transport(self) -> Transport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Coroutine, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -143,6 +144,10 @@ class SGLangClient:
         """The calls for a group that shares none with others; none where it may share one."""
         return [jobs] if jobs[0].alone else []
 
+    def _caches(self, jobs: list[Job]) -> list[str] | None:
+        """With what each job shares keys and values at the server; None where all may."""
+        return None
+
     def _foreign(self, request: Request) -> EngineError | None:
         """What is wrong with a request that would kill one server after another: they look up any token they get."""
         vocab = self._router.vocab
@@ -175,7 +180,7 @@ class SGLangClient:
                 assert route.call is not None
                 for job in jobs:
                     self._name(job)
-                body = wire.generate([job.rest() for job in jobs], [job.rid for job in jobs])
+                body = wire.generate([job.rest() for job in jobs], [job.rid for job in jobs], self._caches(jobs))
                 replies = await route.call.post("/generate", body, self._timeout)
             finally:
                 self._router.done(route, len(jobs))
@@ -272,3 +277,18 @@ class StreamingClient(SGLangClient):
         for job in jobs:
             parts.setdefault(job.asked, []).append(job)
         return list(parts.values())
+
+
+class KeepingClient(StreamingClient):
+    """What an update cuts short finds its keys and values again, which the server forgets no more.
+
+    They are of old weights, so nobody else may find them: they are shared within one call of ``generate``, and a later
+    one reads its prompts by the weights of then.
+    """
+
+    def __init__(self, workers: list[Worker], timeout_s: float) -> None:
+        super().__init__(workers, timeout_s)
+        self._mark = secrets.token_hex(4)  # other clients count their calls too
+
+    def _caches(self, jobs: list[Job]) -> list[str] | None:
+        return [f"{self._mark}.{job.asked}" for job in jobs]

@@ -46,6 +46,7 @@ class SGLangEngine:
         vocab: int = 0,
         turns: bool = False,
         may_stay: bool = True,
+        keeps: bool = False,
         hang_s: float = 60.0,
         command: tuple[str, ...] = (),
         host: str = "",
@@ -56,6 +57,7 @@ class SGLangEngine:
         that a rank broadcasts in an update, or to meet the others of a group. ``backend`` of these groups. ``vocab``:
         tokens the model has, 0 when that is not known. ``turns``: trainers use the same GPUs; the server has no memory
         there from ``sleep`` on, and takes it again as weights arrive, but where both fit and it ``may_stay``.
+        ``keeps``: keys and values of old weights stay, for who asks by a name of his own (see ``wire.generate``).
         ``hang_s``: a scheduler that says nothing for so long, though it was told to do nothing long, hangs. ``command``
         starts a server with ``miles_core``, if not the stock one of this interpreter; ``host`` is where it listens.
         """
@@ -66,7 +68,7 @@ class SGLangEngine:
         self._refusal, self._paused = "", False  # why no request may be served; whether it was told to write nothing
         self._update: Update | None = None  # that is under way
         self._beginning, self._cutting = asyncio.Lock(), asyncio.Lock()  # an update; requests that are in flight then
-        self._turns, self._use = Turns(turns, may_stay), Use()
+        self._turns, self._use, self._keeps = Turns(turns, may_stay), Use(), keeps
         self._disk: dict[str, str] | None = None  # checksums of the model it started with
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
@@ -143,8 +145,8 @@ class SGLangEngine:
     async def begin_update(self) -> bool:
         """Stop writing tokens, and expect every tensor of the model, through ``load``.
 
-        Waits for a server that is starting. Requests in flight wait too and go on with the new weights; 0.5.16, which
-        would keep what it computed for them with the old ones, has them come back aborted instead (see ``aborted``).
+        Waits for a server that is starting. Requests in flight wait too and go on with the new weights, or come back
+        aborted (see ``aborted``): from 0.5.16, and from any server that keeps what the old weights computed for them.
         Where trainers use the same GPUs its memory is theirs until the first ``load``, unless both fit: see ``stay``.
         False where an update had begun already.
         """
@@ -156,14 +158,14 @@ class SGLangEngine:
                 self._update.end()  # of the server before this one
             self._use.halt()
             try:
-                await halt(live, self._paused, self._cutting, self._timeout)
+                await halt(live, self._paused, self._keeps, self._cutting, self._timeout)
             except Unreachable:
                 if words := await live.last_words():  # whoever tries again is to wait for its successor
                     self._replace(live, f"its server died{words}")
                 raise
             gives = self._turns.begin()
             await (self.release(["kv_cache", "weights"]) if gives else self._open(live))
-            self._update = Update(live, not gives, self._wake if gives else None)
+            self._update = Update(live, not (gives or self._keeps), self._wake if gives else None)
             return True
 
     async def load(self, bucket: wire.Tensors) -> dict[str, int]:

@@ -17,10 +17,11 @@ GIVEN_UP = "its update was given up meanwhile"
 CUTS, CUT_S = 30, 0.01  # looks whether requests are back, and seconds between two
 
 
-async def halt(live: Live, paused: bool, cutting: asyncio.Lock, timeout: float) -> None:
-    """Have a server write nothing, and keep nothing of old weights for what is in flight. ``paused``: it was told to
-    keep its requests where they are. ``cutting`` is held while requests come back that are to be asked for anew."""
-    if live.sessions:
+async def halt(live: Live, paused: bool, keeps: bool, cutting: asyncio.Lock, timeout: float) -> None:
+    """Have a server write nothing. ``paused``: it was told to keep its requests where they are. ``keeps``: what is in
+    flight is to find its keys and values again; SGLang's own way of that may still compute by the old weights while
+    the new ones come. ``cutting`` is held while requests come back that are to be asked for anew."""
+    if live.sessions and not keeps:
         await live.call.repeat("/pause_generation", {"mode": "retract"})
         return
     await unpin(live.call, paused)
@@ -35,8 +36,8 @@ async def unpin(call: Caller, paused: bool) -> None:
 
 
 async def cut_short(call: Caller, timeout: float) -> None:
-    """Have every request in flight come back aborted, with the tokens it has, and new ones wait. For servers without
-    sessions: 0.5.16 would go on with what it computed by the old weights.
+    """Have every request in flight come back aborted, with the tokens it has, and new ones wait. 0.5.16, left to
+    itself, would go on with what it computed by the old weights, and could not tell whose tokens are whose.
 
     Its own way of doing both, the pause of mode "abort", looks once a second whether all are back, so with any in
     flight it takes that second, in which nothing is sampled. It is what is left where more come all the time: a request
@@ -57,7 +58,7 @@ class Update:
     """Hands buckets to the server in the order they come, without waiting until it has loaded those before."""
 
     def __init__(self, live: Live, forget: bool, wake: Callable[[], Awaitable[None]] | None) -> None:
-        """``forget``: have the server forget, with the first bucket, what old weights computed; nothing is in flight.
+        """``forget``: have the server forget, with the first bucket, what old weights computed; nothing is running.
         ``wake`` is called before the first bucket, where the server has given its memory up."""
         self.live, self._forget, self._wake = live, forget, wake
         self.loads = 0  # calls that may have changed weights

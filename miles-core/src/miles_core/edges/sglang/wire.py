@@ -84,9 +84,13 @@ def rid(id: str, attempt: int) -> str:
     return f"{id}.{attempt}"
 
 
-def generate(requests: list[Request], rids: list[str]) -> dict[str, Any]:
-    """The body that samples ``requests``; the reply is a list in their order, once all of them are done."""
-    return {
+def generate(requests: list[Request], rids: list[str], caches: list[str] | None = None) -> dict[str, Any]:
+    """The body that samples ``requests``; the reply is a list in their order, once all of them are done.
+
+    ``caches``: what each shares keys and values with, those that are called the same; left out, with all.
+    """
+    own = {"extra_key": caches} if caches else {}
+    return own | {
         "rid": rids,
         "input_ids": [request.tokens for request in requests],
         "sampling_params": [_sampling(request) for request in requests],
