@@ -126,7 +126,7 @@ def main() -> None:
         pairs.put(",".join(pair))
     where, writing, began = machine(), Lock(), time.monotonic()
     settings = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
-    del settings["within"]
+    del settings["within"], settings["seeds"]  # of this command, not of each run
     with tempfile.TemporaryDirectory(prefix="miles-bench-") as folder:
         model = write(Path(folder), "0.1B")
 
