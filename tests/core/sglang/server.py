@@ -111,6 +111,7 @@ class Server:
                 self.scheduler.abort("", True)
                 if not self.readers:
                     break
+                self.calls.append("an abort that looks again in a second")
                 await asyncio.sleep(1.0)
         return 200, {"message": "Generation paused successfully.", "status": "ok"}
 

@@ -40,8 +40,8 @@ async def cut_short(call: Caller, timeout: float) -> None:
     itself, would go on with what it computed by the old weights, and could not tell whose tokens are whose.
 
     Its own way of doing both, the pause of mode "abort", looks once a second whether all are back, so with any in
-    flight it takes that second, in which nothing is sampled. It is what is left where more come all the time: a request
-    that slipped past would stand still now, and fail the flush later.
+    flight it takes that second, in which nothing is sampled. It is what makes sure of those that slipped past, which
+    would stand still now, and fail the flush later: they are told to come back a moment before.
     """
     for _ in range(CUTS):
         if not any((await requests(call)).values()):
@@ -50,6 +50,8 @@ async def cut_short(call: Caller, timeout: float) -> None:
         await asyncio.sleep(CUT_S)
     await call.repeat("/pause_generation", {"mode": "retract"})
     if any((await requests(call)).values()):
+        await call.repeat("/abort_request", {"abort_all": True})
+        await asyncio.sleep(CUT_S)
         await call.post("/pause_generation", {"mode": "abort"}, timeout=timeout)
         await call.repeat("/pause_generation", {"mode": "retract"})  # after the other, for one that slipped past it
 
