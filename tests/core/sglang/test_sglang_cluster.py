@@ -26,7 +26,7 @@ def cluster(tmp_path: Path) -> Iterator[RayCluster]:
 
 def processes(n: int) -> list[Process]:
     command = (sys.executable, SERVER, "--dialect", "0.5.23")
-    args = (("--model-path", "some"), 30.0, 30.0, "gloo", 0, False, True, 60.0, command, "127.0.0.1")
+    args = (("--model-path", "some"), 30.0, 30.0, "gloo", 0, False, True, False, 60.0, command, "127.0.0.1")
     target = "miles_core.edges.sglang.server:SGLangEngine"
     return [Process(f"engine-{i}", target, args, cpus=0.1) for i in range(n)]
 

@@ -91,6 +91,7 @@ class Fleet:
             return await self._push(verify, sent)
 
     async def _push(self, verify: bool, sent: Callable[[], None]) -> dict[str, float]:
+        await everyone(self.engines, "ready")  # those that are well go on until one that starts is
         async with self.asking:
             version = self.asked
             await everyone(self.engines, "begin_update")

@@ -271,8 +271,9 @@ class SGLangEngine:
     async def ready(self) -> str:
         """Wait for the server. Returns what it has, in words."""
         live = await self._live()
-        with suppress(EngineError):  # 0.5.16 has no checksums without a GPU
-            self._disk = await self.checksums()
+        if self._disk is None:
+            with suppress(EngineError):  # 0.5.16 has no checksums without a GPU
+                self._disk = await self.checksums()
         return live.has()
 
     # -- memory --------------------------------------------------------------------------------------------------
