@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from miles_core.edges.sglang.broadcast import BroadcastTransport
 from miles_core.edges.sglang.calls import Declined
 from miles_core.edges.sglang.process import states
 from miles_core.edges.sglang.receive import Sending
+from miles_core.types import Layout
 from serving import START_S, Served, keeping
 from together.whole_runs import processes_of
 
@@ -234,6 +235,32 @@ def test_an_update_comes_through_while_the_engine_is_paused(
     assert not started.done()
     served.ask("resume")
     assert_right(weights, requests, started.result(120), {old, old + 1})
+
+
+def test_two_pipeline_stages_send_their_own_layers(served: Served, weights: Weights) -> None:
+    """Each in a group of its own; what one of them sends is not the whole model. Every tensor is compared."""
+    transports = []
+    for rank in range(2):
+        transports.append(BroadcastTransport(1, BUCKET, 120))
+        layout = Layout(rank=rank, world=2, dp_rank=0, dp_size=1, last_stage=rank == 1, reports=rank == 0)
+        transports[rank].connect([served.worker], layout)
+
+    def part(rank: int, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        first = ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
+        return ((name, tensor) for name, tensor in weights.tensors(version) if name.startswith(first) is (rank == 0))
+
+    version = served.version
+    for number in (version + 1, 0, version + 1):
+        served.ask("begin_update")
+        with ThreadPoolExecutor(2) as ranks:
+            sent = [ranks.submit(transports[rank].send, part(rank, number), not number) for rank in range(2)]
+            assert all(one.result(120)["tensors"] > 10 for one in sent)
+        served.ask("end_update", number)  # version 0 must be what the server read from disk
+    served.version = version + 1
+    for transport in transports:
+        transport.close()
+    requests = group(34, 4, 24)
+    assert_right(weights, requests, served.generate(requests), {served.version})
 
 
 def test_an_update_that_changed_nothing_costs_no_restart(
