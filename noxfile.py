@@ -33,7 +33,8 @@ BUDGETS = {  # most lines, blank ones and comments too; edges/ and testing/ stan
     "core": (1800, [f"{CORE}/*.py", f"{CORE}/loop/*.py"]),
     "loop": (1200, [f"{CORE}/loop/*.py"]),
 }
-SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")  # much of a test's time is waiting
+SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")
+WAITING = min(4, (os.cpu_count() or 1) + 1)  # of core's tests, whose time is waiting for a third
 FORMULAS = ("click", "numpy", "packaging", "pluggy", "pydantic", "torch")  # what core's formulas and tables import
 
 
@@ -131,8 +132,9 @@ STANDS_ALONE = (
 def tests(session: nox.Session, package: str) -> None:
     """One package beside this checkout's core, and no other plugin."""
     prepare(session, *editable(*dict.fromkeys(("miles-core", package))), group="test")
-    rules = ("tests/contract",) if package == "miles-core" else STANDS_ALONE
-    session.run("pytest", *SPREAD, tests_of(package), *rules, *session.posargs)
+    core = package == "miles-core"
+    rules, more = (("tests/contract",), (f"--numprocesses={WAITING}",)) if core else (STANDS_ALONE, ())
+    session.run("pytest", *SPREAD, *more, tests_of(package), *rules, *session.posargs)
 
 
 @nox.session
@@ -175,10 +177,15 @@ def oracles(session: nox.Session, reference: str) -> None:
     session.run("pytest", f"tests/oracles/{reference}", *session.posargs)
 
 
+LONGEST = ("chaos", "together", "core")  # minutes for a file, which no other core can help with
+
+
 @nox.session
 def slow(session: nox.Session) -> None:
-    """Tests that take more than ten seconds."""
-    marked(session, "slow")
+    """Tests that take more than ten seconds, the longest first: none is left when a core has nothing else to do."""
+    names = [] if session.posargs else [folder.name for folder in sorted(ROOT.glob("tests/[a-z]*/"))]
+    names.sort(key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
+    marked(session, "slow", "--no-loadscope-reorder", *(f"tests/{name}" for name in names))
 
 
 @nox.session
