@@ -33,8 +33,7 @@ BUDGETS = {  # most lines, blank ones and comments too; edges/ and testing/ stan
     "core": (1800, [f"{CORE}/*.py", f"{CORE}/loop/*.py"]),
     "loop": (1200, [f"{CORE}/loop/*.py"]),
 }
-SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")
-WAITING = min(4, (os.cpu_count() or 1) + 1)  # of core's tests, whose time is waiting for a third
+SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")  # much of a test's time is waiting
 FORMULAS = ("click", "numpy", "packaging", "pluggy", "pydantic", "torch")  # what core's formulas and tables import
 
 
@@ -132,9 +131,8 @@ STANDS_ALONE = (
 def tests(session: nox.Session, package: str) -> None:
     """One package beside this checkout's core, and no other plugin."""
     prepare(session, *editable(*dict.fromkeys(("miles-core", package))), group="test")
-    core = package == "miles-core"
-    rules, more = (("tests/contract",), (f"--numprocesses={WAITING}",)) if core else (STANDS_ALONE, ())
-    session.run("pytest", *SPREAD, *more, tests_of(package), *rules, *session.posargs)
+    rules = ("tests/contract",) if package == "miles-core" else STANDS_ALONE
+    session.run("pytest", *SPREAD, tests_of(package), *rules, *session.posargs)
 
 
 @nox.session
