@@ -7,6 +7,7 @@ environment is filled by uv with ``constraints.txt``, from one cache: torch is d
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tomllib
@@ -61,8 +62,24 @@ def prepare(
     """Fill the environment, and make what runs in it use one thread a process and keep its bytecode."""
     tools = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), group) if group else ()
     session.install(*constraints, *tools, *what, silent=silent)
+    compiled(Path(session.virtualenv.location).resolve())
     session.env["OMP_NUM_THREADS"] = "1"
     session.env["PYTHONDONTWRITEBYTECODE"] = ""  # torch and Megatron, compiled anew by each process, are slow to import
+
+
+def compiled(venv: Path) -> None:
+    """Give an environment the bytecode that others have of the very same files, which uv links from its cache.
+
+    Compiling what torch and Megatron import is a dozen seconds of work for each process that is the first to.
+    """
+    for theirs in venv.parent.glob("*/lib/python3*/site-packages/**/__pycache__/*.pyc"):
+        inside = theirs.relative_to(venv.parent).parts[1:-2]
+        source = f"{theirs.name.partition('.')[0]}.py"
+        mine, other = venv.joinpath(*inside, source), theirs.parents[1] / source
+        there = mine.parent / "__pycache__" / theirs.name
+        if not there.exists() and mine.exists() and other.exists() and mine.samefile(other):
+            there.parent.mkdir(exist_ok=True)
+            os.link(theirs, there)
 
 
 def loosened(session: nox.Session, *theirs: str) -> tuple[str, ...]:
@@ -141,7 +158,7 @@ def floor(session: nox.Session, version: str) -> None:
         core = f"miles-core @ git+{ROOT.as_uri()}@miles-core-v{version}#subdirectory=miles-core"
     prepare(session, "--reinstall-package=miles-core", core, *editable(*FLOORS[version]), group="test")
     session.install(f"pluggy=={oldest(requirement('miles-core', 'pluggy'))}")
-    session.run("pytest", *map(tests_of, FLOORS[version]), *STANDS_ALONE, *session.posargs)
+    session.run("pytest", *SPREAD, *map(tests_of, FLOORS[version]), *STANDS_ALONE, *session.posargs)
 
 
 @nox.session
@@ -158,10 +175,15 @@ def oracles(session: nox.Session, reference: str) -> None:
     session.run("pytest", f"tests/oracles/{reference}", *session.posargs)
 
 
+LONGEST = ("chaos", "together", "core")  # minutes for a file, which no other core can help with
+
+
 @nox.session
 def slow(session: nox.Session) -> None:
-    """Tests that take more than ten seconds."""
-    marked(session, "slow")
+    """Tests that take more than ten seconds, the longest first: none is left when a core has nothing else to do."""
+    names = [] if session.posargs else [folder.name for folder in sorted(ROOT.glob("tests/[a-z]*/"))]
+    names.sort(key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
+    marked(session, "slow", "--no-loadscope-reorder", *(f"tests/{name}" for name in names))
 
 
 @nox.session

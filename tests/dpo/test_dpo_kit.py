@@ -1,7 +1,9 @@
 """The kit's checks on every way in which the algorithms put their parts together."""
 
+from collections.abc import Callable
+
 import pytest
-from miles_core.testing import AlgorithmChecks, LayoutChecks
+from miles_core.testing import AlgorithmChecks, Finished, LayoutChecks
 from miles_plugin_dpo import DPO
 from miles_plugin_dpo.sft import SFT
 
@@ -47,13 +49,21 @@ class TestDemonstrationsWithoutAnEngine(AlgorithmChecks):
     settings = {"data.responses": ["answer"], "batch.group_size": 1, "placement.engines": 0}
 
 
+class TensorChecks(LayoutChecks):
+    """Two replicas take the steps of one in tests/together/test_algorithms.py, by all their metrics."""
+
+    @pytest.mark.parametrize("layout", ["tensor"])
+    def test_two_ranks_take_the_steps_of_one(self, layout: str, miles_run: Callable[..., Finished]) -> None:
+        super().test_two_ranks_take_the_steps_of_one(layout, miles_run)
+
+
 @pytest.mark.slow
-class TestPairsOnSeveralRanks(LayoutChecks):
+class TestPairsOnSeveralRanks(TensorChecks):
     plugin = DPO
     settings = PAIRS
 
 
 @pytest.mark.slow
-class TestDemonstrationsOnSeveralRanks(LayoutChecks):
+class TestDemonstrationsOnSeveralRanks(TensorChecks):
     plugin = SFT
     settings = {"data.responses": ["answer"], "batch.group_size": 1, "placement.engines": 0}

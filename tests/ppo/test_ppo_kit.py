@@ -1,10 +1,11 @@
 """The kit's checks on every way in which the algorithm puts its parts together."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from miles_core import hookimpl
-from miles_core.testing import AlgorithmChecks, LayoutChecks
+from miles_core.testing import AlgorithmChecks, Finished, LayoutChecks
 from miles_plugin_ppo import PPO
 
 
@@ -30,8 +31,14 @@ class TestDivergenceInTheLoss(AlgorithmChecks):
 
 @pytest.mark.slow
 class TestOnSeveralRanks(LayoutChecks):
+    """Two replicas take the steps of one in tests/together/test_algorithms.py, by all their metrics."""
+
     plugin = PPO
     keys = {"kl": 0.05, "kl_target": 0.02}
+
+    @pytest.mark.parametrize("layout", ["tensor"])
+    def test_two_ranks_take_the_steps_of_one(self, layout: str, miles_run: Callable[..., Finished]) -> None:
+        super().test_two_ranks_take_the_steps_of_one(layout, miles_run)
 
 
 def test_a_controller_that_does_not_come_back_is_found() -> None:

@@ -1,20 +1,16 @@
 """Whole runs of PPO, DPO and SFT, from their examples: what they leave, and what must not change a number."""
 
-import asyncio
 import math
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from miles_core.edges.toml import Source
-from miles_core.edges.toml.assemble import assemble
 from miles_core.testing.runs import INLINE
 from safetensors.torch import load_file
-from whole_runs import processes_of, timeless
+from whole_runs import here, in_threads, processes_of, timeless
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +18,7 @@ REVERSE = Path(__file__).parents[2] / "examples" / "reverse"
 SMALL = ("steps=3", "mode=sync", "batch.groups=16", "batch.updates=2", "batch.micro_tokens=64", "eval.every=3",
          "eval.prompts=32", "checkpoint.every=0", 'optim.schedule="constant"', "optim.min_lr=0.0")  # fmt: skip
 KL = ("ppo.kl=0.05", "ppo.kl_target=0.02", "ppo.kl_horizon=30", 'ppo.kl_estimator="k2"')
+APART = ('placement.apart=["critic"]',)
 WITHOUT_ENGINE = ("placement.engines=0", "eval.every=3", "batch.updates=1")
 
 
@@ -32,28 +29,24 @@ def go(runs):
         shutil.copy(REVERSE / f"{name}.toml", runs.folder)
 
     def go(algorithm, name, *keys, resume=False):
-        if any(key.startswith("placement.trainers") or "apart" in key for key in keys):
-            sets = [arg for key in (*SMALL, *keys) for arg in ("--set", key)]
-            runs.run(name, *sets, *["--resume"] * resume, file=f"{algorithm}.toml")
-        else:  # one rank may be a thread of this process: the same loop, without the seconds that processes take
-            in_threads(runs.folder / f"{algorithm}.toml", runs.folder / name, [*SMALL, *keys], resume)
+        several = any(key.startswith("placement.trainers") or "apart" in key for key in keys)  # that is, processes
+        run = here if several else in_threads
+        run(runs.folder / f"{algorithm}.toml", runs.folder / name, *SMALL, *keys, resume=resume)
         return runs.metrics(name)
 
     return go
-
-
-def in_threads(file, folder, keys, resume):
-    source = Source([file], [*keys, f"run_dir={folder}", f'plugins=["{INLINE}"]'])
-    with warnings.catch_warnings(action="ignore"):  # Megatron's, about what this machine lacks
-        from miles_core.loop.driver import train
-
-        asyncio.run(train(assemble(source).at(folder), folder, resume))
 
 
 @pytest.fixture(scope="module")
 def ppo(go):
     """PPO with everything that has a say in a step, on ranks that policy and critic share."""
     return go("ppo", "ppo-shared", *KL, "checkpoint.every=2")
+
+
+@pytest.fixture(scope="module")
+def apart(go):
+    """The same with a critic on ranks of its own."""
+    return go("ppo", "ppo-apart", *KL, *APART, "checkpoint.every=2")
 
 
 def alike(one, other, tolerance=1e-4, without=()):
@@ -87,23 +80,23 @@ def test_ppo_leaves_what_was_promised(runs, ppo):
     assert "ppo_beta" in state.read_text()
 
 
-@pytest.mark.parametrize("keys", [(), ("ppo.critic_warmup=1",)], ids=["", "warm-up"])
-def test_a_critic_on_ranks_of_its_own_changes_no_number(go, ppo, keys):
-    shared = go("ppo", "ppo-warm", *KL, *keys) if keys else ppo
-    apart = go("ppo", f"ppo-apart{len(keys)}", *KL, *keys, 'placement.apart=["critic"]')
-    alike(apart, shared)
+def test_a_critic_on_ranks_of_its_own_changes_no_number(ppo, apart):
+    alike(apart, ppo)
+
+
+def test_a_critic_on_ranks_of_its_own_is_warmed_up_alike(go):
+    one, other = (go("ppo", f"ppo-warm{len(place)}", *KL, *place, "ppo.critic_warmup=1") for place in ((), APART))
+    alike(other, one)
 
 
 def test_two_replicas_take_the_steps_of_one(go, ppo):
     alike(go("ppo", "ppo-two", *KL, "placement.trainers=2"), ppo, without=("critic/clipped",), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["shared", "apart"])
-def test_a_resumed_run_goes_on_with_the_same_critic_and_weight_of_its_divergence(go, runs, ppo, apart):
-    keys = [*KL, "checkpoint.every=2", *['placement.apart=["critic"]'] * apart]
-    straight = "ppo-straight" if apart else "ppo-shared"
-    whole = go("ppo", straight, *keys) if apart else ppo
-    name = f"{straight}-resumed"
+@pytest.mark.parametrize("place", ["shared", "apart"])
+def test_a_resumed_run_goes_on_with_the_same_critic_and_weight_of_its_divergence(go, runs, ppo, apart, place):
+    whole, keys = {"shared": (ppo, ()), "apart": (apart, APART)}[place]
+    keys, straight, name = (*KL, "checkpoint.every=2", *keys), f"ppo-{place}", f"ppo-{place}-resumed"
     shutil.copytree(runs.folder / straight, runs.folder / name)
     shutil.rmtree(runs.folder / name / "checkpoints/step-000003")
     assert timeless(go("ppo", name, *keys, resume=True)) == timeless(whole)
@@ -201,7 +194,7 @@ class Raises(Plugin):
 
 
 def test_a_plugin_that_raises_on_a_training_rank_ends_the_run_and_it_goes_on_once_that_is_mended(runs):
-    """With real processes."""
+    """With real processes, until it goes on."""
     (runs.folder / "raises.py").write_text(RAISES)
     (runs.folder / "broken").write_text("")
     keys = ["steps=4", "eval.every=0", "checkpoint.every=1", "batch.updates=1", "batch.micro_tokens=100000"]
@@ -213,7 +206,7 @@ def test_a_plugin_that_raises_on_a_training_rank_ends_the_run_and_it_goes_on_onc
     audit = [str(Path(sys.executable).with_name("miles")), "audit", str(runs.folder / "raised")]
     assert subprocess.run(audit, capture_output=True).returncode == 0
     (runs.folder / "broken").unlink()
-    out = runs.run("raised", *sets, "--resume").stdout
+    out = runs.run("raised", *sets, "--set", f'plugins=["{INLINE}"]', "--resume").stdout
     assert "going on after step " in out  # 2, or 1 where that was still being written
     assert [row["step"] for row in runs.metrics("raised")] == [1, 2, 3, 4]
     told = subprocess.run(audit, capture_output=True, text=True)

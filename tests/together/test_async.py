@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from miles_core.edges.toml import Source
-from miles_core.edges.toml.assemble import assemble
-from miles_core.testing.runs import INLINE
-from whole_runs import timeless
+from whole_runs import in_threads, timeless
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +22,7 @@ def go(runs: Any) -> Callable[..., list[dict[str, float]]]:
     """A run whose processes are threads of this one."""
 
     def go(name: str, *keys: str) -> list[dict[str, float]]:
-        source = Source([runs.folder / "run.toml"], [*keys, f"run_dir={runs.folder / name}", f'plugins=["{INLINE}"]'])
-        with warnings.catch_warnings(action="ignore"):  # Megatron's, about what this machine lacks
-            from miles_core.loop.driver import train
-
-            asyncio.run(train(assemble(source).at(runs.folder / name), runs.folder / name, False))
+        in_threads(runs.folder / "run.toml", runs.folder / name, *keys)
         rows: list[dict[str, float]] = runs.metrics(name)
         return rows
 

@@ -34,10 +34,10 @@ def small(runs: Any) -> Iterator[Path]:
 class Run:
     """A run in another process, and what it has said so far."""
 
-    def __init__(self, runs: Any, *keys: str) -> None:
+    def __init__(self, runs: Any, *keys: str, resume: bool = False) -> None:
         self.folder: Path = runs.folder / "small" / "run"
-        sets = [arg for key in keys for arg in ("--set", key)]
-        self.process = runs.start("small/run", "--set", "mode=async", "--set", "tracking.console=plain", *sets)
+        sets = [arg for key in ("mode=async", "tracking.console=plain", *keys) for arg in ("--set", key)]
+        self.process = runs.start("small/run", *sets, *["--resume"] * resume)
         self.said: list[str] = []
         for stream in (self.process.stdout, self.process.stderr):
             Thread(target=self._hear, args=(stream,), daemon=True).start()
@@ -48,7 +48,10 @@ class Run:
 
     @property
     def text(self) -> str:
-        return "\n".join(self.said)
+        return self.since(0)
+
+    def since(self, line: int) -> str:
+        return "\n".join(self.said[line:])
 
     def steps(self) -> int:
         metrics = self.folder / "metrics.jsonl"
@@ -91,50 +94,66 @@ def whole(runs: Any, steps: int) -> None:
     assert [row["step"] for row in runs.metrics("small/run")] == list(range(steps + 1))
 
 
-@pytest.mark.parametrize(
-    "every, leave, what",
-    [
-        (STEPS, 0, ""),  # whatever is written next: a line of the ledger or of the metrics, or a group
-        (2, 1, "the checkpoint could not be written"),
-        (STEPS, 15, ""),  # of the last checkpoint and the trained model one fits
-    ],
-)
-def test_a_run_pauses_while_its_disk_is_full_and_nothing_is_lost(
-    runs: Any, small: Path, every: int, leave: int, what: str
-) -> None:
-    with Run(runs, f"steps={STEPS}", f"checkpoint.every={every}") as run:
-        run.until(lambda: run.steps() > 2)
-        filler = fill(small, leave << 20)
-        run.until(lambda: WAITS in run.text and what in run.text)
-        time.sleep(5)  # until nothing more can be done without the disk
-        before = run.steps()
-        time.sleep(5)
-        assert run.steps() == before <= STEPS + (leave > 1) and run.process.poll() is None, run.text
-        filler.unlink()
-        assert run.end() == 0, run.text
-    assert GOES_ON in run.text and not re.search("Traceback|Error", run.text)
-    whole(runs, STEPS)
-    saved = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
-    assert saved == [f"step-{step:06d}" for step in range(every, STEPS + 1, every)][-2:]
+def paused(run: Run, leave: int, most: int, what: str = "") -> int:
+    """The disk is full until the run has waited for room a while, at no more than ``most`` lines of metrics; what it
+    says of this begins at the line returned."""
+    heard = len(run.said)
+    filler = fill(run.folder.parent, leave << 20)
+    run.until(lambda: WAITS in run.since(heard) and what in run.since(heard))
+    time.sleep(5)  # until nothing more can be done without the disk
+    before = run.steps()
+    time.sleep(5)
+    assert run.steps() == before <= most and run.process.poll() is None, run.text
+    filler.unlink()
+    return heard
+
+
+def ended_well(runs: Any, run: Run, heard: int, steps: int, saved: list[int]) -> None:
+    assert run.end() == 0, run.text
+    assert GOES_ON in run.since(heard) and not re.search("Traceback|Error", run.text)
+    whole(runs, steps)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [f"step-{n:06d}" for n in saved]
     assert (run.folder / "report.html").is_file() and len(runs.weights("small/run")) > 10
-    again = runs.run("small/run", "--resume", "--set", "mode=async", "--set", f"steps={STEPS + 2}")
-    assert f"going on after step {STEPS}" in again.stdout
-    whole(runs, STEPS + 2)
 
 
-@pytest.mark.parametrize("leave, sent", [(0, signal.SIGTERM), (1, signal.SIGINT)])
-def test_a_run_that_waits_for_room_can_be_ended_and_goes_on_later(
-    runs: Any, small: Path, leave: int, sent: signal.Signals
-) -> None:
-    with Run(runs, f"steps={STEPS}") as run:
-        run.until(lambda: any((run.folder / "checkpoints").glob("step-*")))
-        filler = fill(small, leave << 20)
+def test_a_run_pauses_while_its_disk_is_full_and_nothing_is_lost(runs: Any, small: Path) -> None:
+    """Whatever it was about to write, and it can be resumed after each."""
+    with Run(runs, f"steps={STEPS}", f"checkpoint.every={STEPS}") as run:
+        run.until(lambda: run.steps() > 2)
+        heard = paused(run, 0, STEPS)  # at what is written next: a line of the ledger or of the metrics, or a group
+        run.until(lambda: GOES_ON in run.since(heard))
+        heard = paused(run, 15, STEPS + 1)  # of the last checkpoint and the trained model one fits
+        ended_well(runs, run, heard, STEPS, [STEPS])
+    with Run(runs, f"steps={2 * STEPS}", "checkpoint.every=2", resume=True) as run:
+        run.until(lambda: run.steps() > STEPS + 2)
+        heard = paused(run, 1, 2 * STEPS, "the checkpoint could not be written")
+        ended_well(runs, run, heard, 2 * STEPS, [2 * STEPS - 2, 2 * STEPS])
+    assert f"going on after step {STEPS}" in run.text
+    again = runs.run("small/run", "--resume", "--set", "mode=async", "--set", f"steps={2 * STEPS + 2}")
+    assert f"going on after step {2 * STEPS}" in again.stdout
+    whole(runs, 2 * STEPS + 2)
+
+
+def ended(run: Run, lines: int, leave: int, sent: signal.Signals) -> None:
+    """By a signal, while it waits for room; it has a checkpoint and more than that many lines of metrics by then."""
+    with run:
+        run.until(lambda: run.steps() > lines and any((run.folder / "checkpoints").glob("step-*")))
+        filler = fill(run.folder.parent, leave << 20)
         run.until(lambda: WAITS in run.text)
         time.sleep(2)
         run.process.send_signal(sent)
         began = time.monotonic()
         assert run.end() != 0 and time.monotonic() - began < 40, run.text
     filler.unlink()
-    again = runs.run("small/run", "--resume", "--set", "mode=async", "--set", f"steps={STEPS}")
-    assert "going on after step" in again.stdout
-    whole(runs, STEPS)
+
+
+def test_a_run_that_waits_for_room_can_be_ended_and_goes_on_later(runs: Any, small: Path) -> None:
+    """Without any room, and then without enough for a checkpoint."""
+    steps = f"steps={2 * STEPS}"
+    ended(Run(runs, steps), 0, 0, signal.SIGTERM)
+    again = Run(runs, steps, resume=True)
+    ended(again, STEPS, 1, signal.SIGINT)
+    assert "going on after step" in again.text
+    last = runs.run("small/run", "--resume", "--set", "mode=async", "--set", steps)
+    assert "going on after step" in last.stdout
+    whole(runs, 2 * STEPS)

@@ -1,11 +1,10 @@
 """Bad input at run time: status 2, one readable line, nothing left running."""
 
 import json
-import shutil
 
 import pytest
 from miles_core.testing.runs import INLINE
-from whole_runs import processes_of
+from whole_runs import in_threads, processes_of
 
 pytestmark = pytest.mark.slow
 
@@ -53,13 +52,13 @@ def test_a_run_folder_that_cannot_be_written(runs):
     assert "/proc/nowhere" in err and "Traceback" not in err
 
 
-def test_a_checkpoint_cut_in_half_is_passed_over(runs):
-    if not (runs.folder / "sync" / "checkpoints").is_dir():
-        runs.run("sync", "--set", "mode=sync")
-    shutil.copytree(runs.folder / "sync", runs.folder / "cut")
-    file = max((runs.folder / "cut/checkpoints/step-000006/policy").rglob("*"), key=lambda p: p.stat().st_size)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    out = runs.run("cut", "--resume").stdout
+def test_a_checkpoint_cut_in_half_is_passed_over(runs, capsys):
+    file, folder = runs.folder / "run.toml", runs.folder / "cut"
+    in_threads(file, folder)
+    part = max((folder / "checkpoints/step-000006/policy").rglob("*"), key=lambda p: p.stat().st_size)
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    capsys.readouterr()
+    in_threads(file, folder, resume=True)
+    out = capsys.readouterr().out
     assert "step-000006 is not whole" in out and "going on after step 4" in out
-    rows = [json.loads(line) for line in (runs.folder / "cut/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in runs.metrics("cut")] == [0, 1, 2, 3, 4, 5, 6]

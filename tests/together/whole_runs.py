@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import warnings
 from pathlib import Path
+
+from miles_core.edges.toml import Source
+from miles_core.edges.toml.assemble import assemble
+from miles_core.testing.runs import INLINE
+
+
+def here(file: Path, folder: Path, *keys: str, resume: bool = False) -> None:
+    """A run whose driver is this process, which has loaded what one needs."""
+    source = Source([file], [*keys, f"run_dir={folder}"])
+    with warnings.catch_warnings(action="ignore"):  # Megatron's, about what this machine lacks
+        from miles_core.loop.driver import train
+
+        asyncio.run(train(assemble(source).at(folder), folder, resume))
+
+
+def in_threads(file: Path, folder: Path, *keys: str, resume: bool = False) -> None:
+    """One rank may be a thread of this process: the same loop, without the seconds that processes take to start."""
+    here(file, folder, *keys, f'plugins=["{INLINE}"]', resume=resume)
 
 
 def timeless(rows: list[dict]) -> list[dict]:

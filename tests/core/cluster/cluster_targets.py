@@ -172,6 +172,8 @@ async def main(ending: str, run_dir: Path) -> None:
         if ending == "abandon":
             os._exit(5)
     finally:
+        if ending == "cancel":
+            await asyncio.sleep(4)  # longer than Ray's library would let a process live that was told to end
         if ending != "leave":
             await cluster.close()
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import cluster_targets
@@ -28,9 +30,11 @@ ENDINGS = {
 }
 
 
-def drive(ending: str, run_dir: Path) -> subprocess.Popen[str]:
+@contextmanager
+def drive(ending: str, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A driver; one that is still there when the test is not, as where that failed, has nothing to spin for."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    driver = subprocess.Popen(
         [sys.executable, cluster_targets.__file__, ending, str(run_dir)],
         env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(run_dir / "t")},
         stdin=subprocess.PIPE,
@@ -39,6 +43,11 @@ def drive(ending: str, run_dir: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,  # a signal to its group, as a terminal sends it, is for this driver alone
     )
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 @pytest.mark.slow
@@ -46,11 +55,11 @@ def drive(ending: str, run_dir: Path) -> subprocess.Popen[str]:
     "pair", [("close", "kill"), ("error", "interrupt"), ("leave", "terminate"), ("cancel", "abandon")]
 )
 def test_nothing_is_left(pair):
-    with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as base:
+    with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as base, ExitStack() as stack:
         folders = {ending: Path(base, ending) for ending in pair}
         for folder in folders.values():
             (folder / "t").mkdir(parents=True)
-        drivers = {ending: drive(ending, folder) for ending, folder in folders.items()}
+        drivers = {ending: stack.enter_context(drive(ending, folder)) for ending, folder in folders.items()}
         trees = {}
         for ending, driver in drivers.items():
             assert driver.stdout.readline() == "ready\n", (folders[ending] / "stderr").read_text()

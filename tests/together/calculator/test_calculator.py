@@ -17,6 +17,7 @@ from miles_core.config import ConfigError
 from miles_core.edges.protocols import Completion
 from miles_core.packing import pack
 from miles_core.plugins import PluginError
+from miles_core.testing.runs import INLINE
 from miles_core.types import Column, Group, Sample
 from whole_runs import processes_of
 
@@ -170,9 +171,11 @@ def example_data():
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["calculator", "sleep"])
 def test_a_whole_run(example_data, tmp_path, tool):
-    """Several turns through every process of a run; with a tool that never returns it takes longer, and no more."""
+    """Several turns through every process of a run. With a tool that never returns it takes longer, and no more; that
+    one is a run of one process, which has nobody to see to the tools that it leaves."""
     small = ["steps=3", "batch.groups=4", "eval.prompts=16", "eval.every=3", "calculator.processes=8"]
-    stuck = ['calculator.command=["sleep", "97531"]', "calculator.wall_s=0.2"] if tool == "sleep" else []
+    stuck = ['calculator.command=["sleep", "97531"]', "calculator.wall_s=0.2",
+             f'plugins=["{CALCULATOR}/calculator.py", "{INLINE}"]'] if tool == "sleep" else []  # fmt: skip
     sets = [arg for key in [*small, *stuck, f"run_dir={tmp_path / 'run'}"] for arg in ("--set", key)]
     ask = [Path(sys.executable).with_name("miles"), "run", CALCULATOR / "run.toml", *sets]
     done = subprocess.run(ask, capture_output=True, text=True, timeout=250)

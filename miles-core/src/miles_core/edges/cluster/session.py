@@ -2,7 +2,7 @@
 
 The thread is more than a way to keep the event loop turning while Ray starts. Ray's daemons ask the kernel to die with
 their parent, and to the kernel the parent is the thread that forked them, not its process: the thread that started Ray
-must live as long as the driver. And ``ray.init`` takes over SIGTERM when it runs in the main thread.
+must live as long as the driver. And ``ray.init`` takes over SIGTERM, in Python, when it runs in the main thread.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,14 +54,15 @@ class Session:
 
     async def answer(self, timeout: float) -> None:
         """Wait for Ray. Raises Refused where it did not answer in ``timeout`` seconds, or will not."""
-        if self.ready.done():
-            return self.ready.result()
-        try:
-            async with asyncio.timeout(timeout):
-                await asyncio.wrap_future(self.ready)
-        except TimeoutError:
-            address = self._options["address"]
-            raise Refused(f"ray.address = {address!r}: Ray did not answer within {timeout:g} s") from None
+        if not self.ready.done():
+            try:
+                async with asyncio.timeout(timeout):
+                    await asyncio.wrap_future(self.ready)
+            except TimeoutError:
+                address = self._options["address"]
+                raise Refused(f"ray.address = {address!r}: Ray did not answer within {timeout:g} s") from None
+        self.ready.result()
+        _take_back(signal.SIGTERM)
 
     def hold(self, pid: int, since: str | None) -> None:
         """See to it that this process of a local Ray ends with the driver."""
@@ -153,6 +155,15 @@ class _Leash:
             self._process.stdin.close()
         if self._process.wait():  # it was killed itself
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _take_back(number: signal.Signals) -> None:
+    """Let Python answer a signal again, as before Ray. Its library puts a handler of its own in front, in any thread,
+    which sets an alarm: three seconds after the signal the process is aborted, in the midst of tidying up."""
+    handler = signal.getsignal(number)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
+        signal.siginterrupt(number, False)  # as asyncio has it
 
 
 def _is_raylet(pid: int) -> bool:
