@@ -189,7 +189,7 @@ def slow(session: nox.Session) -> None:
 @nox.session
 def chaos(session: nox.Session) -> None:
     """Runs under kills, two hundred in one; `-- --seed 7` for others than those of seed 0. Takes twenty minutes."""
-    marked(session, "chaos", "tests/chaos", "tests/core/sglang")
+    marked(session, "chaos", "tests/chaos", "tests/core/sglang", "tests/together/test_full_disk.py")
 
 
 @nox.session

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from mounted import mounted
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 MILES = str(Path(sys.executable).with_name("miles"))
 STEPS = 8
@@ -100,9 +100,9 @@ def paused(run: Run, leave: int, most: int, what: str = "") -> int:
     heard = len(run.said)
     filler = fill(run.folder.parent, leave << 20)
     run.until(lambda: WAITS in run.since(heard) and what in run.since(heard))
-    time.sleep(5)  # until nothing more can be done without the disk
+    time.sleep(3)  # until nothing more can be done without the disk
     before = run.steps()
-    time.sleep(5)
+    time.sleep(3)  # some steps
     assert run.steps() == before <= most and run.process.poll() is None, run.text
     filler.unlink()
     return heard
@@ -116,6 +116,7 @@ def ended_well(runs: Any, run: Run, heard: int, steps: int, saved: list[int]) ->
     assert (run.folder / "report.html").is_file() and len(runs.weights("small/run")) > 10
 
 
+@pytest.mark.slow
 def test_a_run_pauses_while_its_disk_is_full_and_nothing_is_lost(runs: Any, small: Path) -> None:
     """Whatever it was about to write, and it can be resumed after each."""
     with Run(runs, f"steps={STEPS}", f"checkpoint.every={STEPS}") as run:
@@ -147,6 +148,7 @@ def ended(run: Run, lines: int, leave: int, sent: signal.Signals) -> None:
     filler.unlink()
 
 
+@pytest.mark.chaos
 def test_a_run_that_waits_for_room_can_be_ended_and_goes_on_later(runs: Any, small: Path) -> None:
     """Without any room, and then without enough for a checkpoint."""
     steps = f"steps={2 * STEPS}"
