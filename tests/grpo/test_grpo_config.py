@@ -137,6 +137,17 @@ def test_a_group_of_one_is_refused(complaints):
     assert only.startswith("run.toml:6: grpo.dynamic_sampling: would replace every group of one")
 
 
+def test_an_entropy_bonus_is_refused_where_held_out_data_would_lack_it(complaints):
+    """A loss is taken of it, and nothing is sampled."""
+    given, held_out = "[placement]\nengines = 0\n", "[eval]\nevery = 2\n"
+    (only,) = complaints("entropy = 0.1\n" + given + held_out)
+    assert only.startswith(
+        "run.toml:5: grpo.entropy: without engines held-out data is told by its log-probabilities alone"
+    )
+    for lines in ("entropy = 0.1\n" + given, "entropy = 0.1\n" + held_out, given + held_out):
+        assert complaints(lines) == []
+
+
 def test_a_reference_is_built_only_for_a_divergence():
     assert plugin().miles_roles() == {} and plugin().miles_columns() == {}
     assert plugin(kl=0.01).miles_roles() == {"ref": Role(trained=False)}

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 VALUES = {"values": Column(role="critic", field="values")}
 REF, START = {"ref_logprobs": Column(role="ref")}, {"start_logprobs": Column(role="policy")}
 
+HELD_OUT = {"placement": {"engines": 0}, "eval": {"every": 2}}  # a loss is taken of it, and nothing is sampled
+
 
 def complaints(run=None, **keys):
     found = []
@@ -27,6 +29,8 @@ def test_what_can_work_is_not_complained_of():
     assert complaints(kl=0.1, kl_target=0.1, kl_mean="sequence", kl_cap=10.0) == []
     assert complaints(kl_estimator="k1", kl_in="loss") == []  # with kl = 0, as in the baseline of an ablation
     assert complaints(run={"steps": 6}, critic_warmup=5) == []
+    assert complaints(entropy=0.1, run={"placement": {"engines": 0}}) == complaints(run=HELD_OUT) == []
+    assert complaints(entropy=0.1, run={"eval": {"every": 2}}) == []
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,7 @@ def test_what_can_work_is_not_complained_of():
         ({"kl_mean": "token"}, "ppo.kl_mean", "has no effect without kl_target"),
         ({"kl": 0.1, "kl_unbiased": True}, "ppo.kl_unbiased", "has no effect on a reward, whose ratio is 1"),
         ({"kl": 0.1, "kl_in": "loss"}, "ppo.kl_estimator", "has no gradient on average as a loss"),
+        ({"entropy": 0.1, "run": HELD_OUT}, "ppo.entropy", "told by its log-probabilities alone"),
         ({"critic_warmup": 6, "run": {"steps": 6}}, "ppo.critic_warmup", "6 steps of 6 leave none to the policy"),
     ],
 )

@@ -39,6 +39,11 @@ class GRPO(Plugin):
             complain("grpo.dynamic_sampling", message)
         for key, message in self.config.contradictions().items():
             complain(f"grpo.{key}", message)
+        if self.config.entropy and self.run.eval.every and not self.run.placement.engines:
+            message = (
+                "without engines held-out data is told by its log-probabilities alone; set this or eval.every to 0"
+            )
+            complain("grpo.entropy", message)
 
     @hookimpl
     def miles_explain(self) -> dict[str, str]:

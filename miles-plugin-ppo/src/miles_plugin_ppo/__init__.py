@@ -34,6 +34,11 @@ class PPO(Plugin):
     def miles_check(self, complain: Complain) -> None:
         for key, message in self.config.contradictions().items():
             complain(f"ppo.{key}", message)
+        if self.config.entropy and self.run.eval.every and not self.run.placement.engines:
+            message = (
+                "without engines held-out data is told by its log-probabilities alone; set this or eval.every to 0"
+            )
+            complain("ppo.entropy", message)
         if self.config.critic_warmup >= self.run.steps:
             message = f"{self.config.critic_warmup} steps of {self.run.steps} leave none to the policy; set it lower"
             complain("ppo.critic_warmup", message)
