@@ -63,6 +63,10 @@ def test_a_server_without_checksums_says_so_and_serves(dialect: str, capfd: pyte
             await proved(worker, 3, weights(a=3, b=3))
             assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [3] * 6)
 
+            asked = await calls(worker)
+            await worker.engine.ready()  # as before each update; by now its weights are not those of the disk
+            assert (await calls(worker)).count("/weights_checker") == asked.count("/weights_checker")
+
     asyncio.run(go())
     said = capfd.readouterr().out
     assert "weights that arrive are not compared: the SGLang server has no checksums: /weights_checker" in said

@@ -69,7 +69,7 @@ class SGLangEngine:
         self._update: Update | None = None  # that is under way
         self._beginning, self._cutting = asyncio.Lock(), asyncio.Lock()  # an update; requests that are in flight then
         self._turns, self._use, self._keeps = Turns(turns, may_stay), Use(), keeps
-        self._disk: dict[str, str] | None = None  # checksums of the model it started with
+        self._disk: dict[str, str] | None = None  # checksums of the model it started with, if it has any
         self._groups: dict[str, Live] = {}  # those it joined, and with which server
         self._aborted: dict[str | None, int] = {}  # what was to be aborted (None: everything), and at which version
         self._starting = asyncio.ensure_future(self._start(tries=1))
@@ -271,7 +271,8 @@ class SGLangEngine:
     async def ready(self) -> str:
         """Wait for the server. Returns what it has, in words."""
         live = await self._live()
-        if self._disk is None:
+        if self._disk is None:  # once: later its weights are others, or its memory is a trainer's
+            self._disk = {}
             with suppress(EngineError):  # 0.5.16 has no checksums without a GPU
                 self._disk = await self.checksums()
         return live.has()
