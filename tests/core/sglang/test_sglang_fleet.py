@@ -33,6 +33,12 @@ def fleet(workers: list[InProcess]) -> Fleet:
     return Fleet(rest, ranks, [], cast("list[Worker]", workers), [], [], {}, False, rest, rest, asked=1)
 
 
+async def assert_serves(worker: InProcess, version: int) -> None:
+    requests = group(0, 2)
+    for request, completion in zip(requests, await SGLangClient([worker], 10).generate(requests), strict=True):
+        assert_whole(request, completion, [version] * 6)
+
+
 def test_engines_that_are_well_go_on_until_the_one_that_starts_is(dialect: str) -> None:
     """A server takes a minute or two to start on a GPU; meanwhile the others would write nothing."""
 
@@ -42,21 +48,14 @@ def test_engines_that_are_well_go_on_until_the_one_that_starts_is(dialect: str) 
         starts = InProcess("engine-1", engine(dialect, "--slow-s", str(SLOW_S)))
         try:
             pushing = asyncio.ensure_future(fleet([well, starts]).push(verify=False))
-            requests = group(0, 2)
             for _ in range(3):
                 await asyncio.sleep(SLOW_S / 6)
-                for request, completion in zip(
-                    requests, await SGLangClient([well], 10).generate(requests), strict=True
-                ):
-                    assert_whole(request, completion, [0] * 6)
+                await assert_serves(well, 0)
             assert not pushing.done() and "/pause_generation" not in await calls(well)
             await until(pushing.done)
             await pushing
             for worker in (well, starts):
-                for request, completion in zip(
-                    requests, await SGLangClient([worker], 10).generate(requests), strict=True
-                ):
-                    assert_whole(request, completion, [1] * 6)
+                await assert_serves(worker, 1)
         finally:
             await asyncio.gather(*(worker.engine.close() for worker in (well, starts)))
 
