@@ -23,10 +23,19 @@ class Turning:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._turn, daemon=True)
+        self._thread.start()
+
+    def _turn(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:  # which ends what is left, as asyncio.run does
+            runner.get_loop().run_forever()
 
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def end(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(START_S)
 
 
 @dataclass
@@ -85,7 +94,7 @@ def serving(args: tuple[Any, ...], **options: Any) -> Iterator[Served]:
         yield served
     finally:
         served.ask("close")
-        turning.loop.call_soon_threadsafe(turning.loop.stop)
+        turning.end()
 
 
 @contextmanager

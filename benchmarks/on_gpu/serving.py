@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 import torch
 from miles_core.edges.cluster.cluster import RayCluster
@@ -62,8 +62,8 @@ def requests(ids: list[list[int]], tokens: int = TOKENS) -> list[Request]:
 async def rollout(client: SGLangClient, worker: Worker, vocab: int, pairs: int = PAIRS, size: int = PROMPTS) -> Row:
     """Through Miles' client and router, and by one plain call, in turns; the cache of prefixes is empty each time."""
     url, _ = wire.parts_of(await worker.call("address"))
-    fresh = httpx.Limits(keepalive_expiry=2.0)  # the server closes connections that are idle for five seconds
-    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, limits=fresh) as plain:
+    fresh = aiohttp.TCPConnector(keepalive_timeout=2.0)  # the server closes connections that are idle for five seconds
+    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(), connector=fresh) as plain:
 
         async def through(ids: list[list[int]]) -> int:
             return sum(len(completion.tokens) for completion in await client.generate(requests(ids)))
@@ -71,10 +71,12 @@ async def rollout(client: SGLangClient, worker: Worker, vocab: int, pairs: int =
         async def bare(ids: list[list[int]]) -> int:
             sampling = {"max_new_tokens": TOKENS, "temperature": 1.0, "ignore_eos": True}
             body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
-            return sum(len(reply["output_ids"]) for reply in (await plain.post("/generate", json=body)).json())
+            async with plain.post("/generate", json=body) as reply:
+                return sum(len(one["output_ids"]) for one in await reply.json())
 
         async def rate(way: Any, ids: list[list[int]]) -> float:
-            (await plain.post("/flush_cache")).raise_for_status()
+            async with plain.post("/flush_cache", raise_for_status=True):
+                pass
             began = time.perf_counter()
             written = await way(ids)
             return float(written / (time.perf_counter() - began))

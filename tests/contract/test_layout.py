@@ -90,10 +90,11 @@ def heavy_after(statement: str) -> set[str]:
 
 
 PROTOCOLS = "miles_core.edges.protocols", "miles_core.edges.lasting"
-SHARED = (  # what two edges must know of one GPU, of one folder, and of a disk that is full
+SHARED = (  # what two edges must know of one GPU, of one folder, of a disk that is full, and of asking servers
     "miles_core.edges.sharing",
     "miles_core.edges.identity",
     "miles_core.edges.room",
+    "miles_core.edges.http",
 )
 
 

@@ -257,7 +257,7 @@ def server():
             flaky = how == "flaky" and sum(b["response"] == "flaky" for b in seen) < 3
             self.send_response({"broken": 500, "gone": 404}.get(how, 503 if flaky else 200))
             self.end_headers()
-            self.wfile.write(b"?" if how == "odd" else json.dumps({"reward": len(how)}).encode())
+            self.wfile.write(b"\xff" if how == "odd" else json.dumps({"reward": len(how)}).encode())
 
         def log_message(self, *args): ...
 
@@ -291,9 +291,22 @@ def test_a_remote_scorer(server, said, expected):
         assert expected in str(caught.value)
 
 
-def test_nobody_there():
-    with pytest.raises(RewardError, match="ConnectError"):
-        score({"far": {"kind": "http", "url": "http://127.0.0.1:9/", "retries": 0}}, group("x"))
+@pytest.mark.parametrize(
+    "url, said",
+    [
+        ("http://127.0.0.1:9/", "failed 2 times, at last with ClientConnectorError: "),
+        ("http://h:99999/", "http://h:99999/: InvalidUrlClientError: "),  # nothing that another attempt would mend
+        (f"http://{'x' * 70}.org/", "UnicodeError: "),
+    ],
+)
+def test_nobody_there(url, said):
+    with pytest.raises(RewardError, match=said):
+        score({"far": {"kind": "http", "url": url, "retries": 1}}, group("x"))
+
+
+def test_a_scorer_outside_is_asked_through_the_proxy_of_the_environment(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server[0])
+    assert score({"far": {"kind": "http", "url": "http://scorer.invalid/"}}, group("ok"))["far"] == [2.0]
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------

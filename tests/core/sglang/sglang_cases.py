@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import httpx
 from miles_core.edges.protocols import Completion, Request, Sampling, WorkerDied
 from miles_core.edges.sglang import wire
 from miles_core.edges.sglang.launch import Live
@@ -66,10 +66,15 @@ async def fault(worker: InProcess, **faults: Any) -> None:
     await (await live(worker)).call.post("/fault", faults)
 
 
+def told(url: str) -> Any:
+    with urlopen(url) as reply:
+        return json.load(reply)
+
+
 async def calls(worker: InProcess) -> list[str]:
     """What the server was asked, paths in order."""
-    told: list[str] = httpx.get((await live(worker)).url + "/calls").json()
-    return told
+    paths: list[str] = told((await live(worker)).url + "/calls")
+    return paths
 
 
 async def until(condition: Callable[[], Any], patience_s: float = 15) -> None:

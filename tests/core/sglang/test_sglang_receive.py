@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from miles_core.edges.sglang.receive import Sending, note, places_of
 from miles_core.types import Layout
 from run_server import digest, enter_group
 from serving import Served, serving
+from sglang_cases import told
 from transport_cases import sglang, tensors
 
 __all__ = ["sglang"]  # a fixture
@@ -69,8 +69,8 @@ def push(served: Served, transport: BroadcastTransport, sent: dict[str, torch.Te
 
 
 def received(served: Served) -> dict[str, str]:
-    told: dict[str, str] = httpx.get(served.live().url + "/received").json()
-    return told
+    digests: dict[str, str] = told(served.live().url + "/received")
+    return digests
 
 
 def test_every_tensor_comes_to_the_server_over_many_buckets_again_and_again(
@@ -80,7 +80,7 @@ def test_every_tensor_comes_to_the_server_over_many_buckets_again_and_again(
         sent = mixed(version)
         push(served, transport, sent, version)
         assert received(served) == {name: digest(tensor) for name, tensor in sent.items()}
-    paths = [path for path in httpx.get(served.live().url + "/calls").json() if path.startswith("/update_weights")]
+    paths = [path for path in told(served.live().url + "/calls") if path.startswith("/update_weights")]
     assert paths == ["/update_weights_from_tensor"] * 3
     assert served.ask("health")["version"] == 3 and not served.ask("health")["restarts"]
 

@@ -6,14 +6,16 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
-import httpx
+import aiohttp
 
+from ..http import Connections
 from .kinds import Http, Outcome, outcome
 
 if TYPE_CHECKING:
     from ...types import Sample
 
 FIRST_WAIT_S = 0.1
+BROKEN = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, aiohttp.ClientResponseError)  # may mend
 
 
 class Remote:
@@ -21,14 +23,11 @@ class Remote:
 
     def __init__(self, scorer: Http) -> None:
         self._scorer, self._gate = scorer, asyncio.Semaphore(scorer.concurrency)
-        self._client = httpx.AsyncClient(timeout=scorer.timeout_s)
+        self._connections = Connections(trust_env=True)  # a scorer may be outside, behind a proxy
 
     async def score(self, samples: list[Sample]) -> list[Outcome]:
         """One outcome a sample, in order."""
         return list(await asyncio.gather(*map(self._one, samples)))
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
     async def _one(self, sample: Sample) -> Outcome:
         async with self._gate:  # the budget counts from here, not from when its turn was waited for
@@ -42,28 +41,30 @@ class Remote:
         url = self._scorer.url
         answer = sample.info.get(self._scorer.answer)
         body = {"prompt": sample.prompt, "response": sample.response, "answer": answer, "info": sample.info}
-        content = json.dumps(body, default=str)  # a row of parquet may hold dates
+        content = json.dumps(body, default=str).encode()  # a row of parquet may hold dates
         problem = ""
         for attempt in range(self._scorer.retries + 1):
             if attempt:
                 await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
             try:
-                reply = await self._client.post(url, content=content, headers={"content-type": "application/json"})
-            except httpx.TimeoutException:
+                async with asyncio.timeout(self._scorer.timeout_s):
+                    status, told = await self._connections.ask("POST", url, content)
+            except TimeoutError:
                 problem = f"no answer within timeout_s = {self._scorer.timeout_s:g}"
                 continue
-            except httpx.TransportError as error:
+            except BROKEN as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            except httpx.HTTPError as error:
+            except (aiohttp.ClientError, ValueError) as error:
                 return None, f"{url}: {type(error).__name__}: {error}"
-            if reply.status_code == 429 or reply.status_code >= 500:
-                problem = f"status {reply.status_code}"
+            if status == 429 or status >= 500:
+                problem = f"status {status}"
                 continue
-            if reply.status_code != 200:
-                return None, f"{url} answered status {reply.status_code}: {reply.text[:200]}"
+            text = told.decode(errors="replace")[:200]
+            if status != 200:
+                return None, f"{url} answered status {status}: {text}"
             try:
-                return outcome(reply.json()["reward"])
+                return outcome(json.loads(told)["reward"])
             except (ValueError, KeyError, TypeError):
-                return None, f'{url} answered {reply.text[:200]!r}, not {{"reward": number}}'
+                return None, f'{url} answered {text!r}, not {{"reward": number}}'
         return None, f"{url} failed {self._scorer.retries + 1} times, at last with {problem}"

@@ -6,14 +6,13 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
+import aiohttp
 
+from ..http import Connections
 from ..protocols import EngineError
 
 QUICK_S = 30.0  # for calls that are a matter of milliseconds
 TRIES, FIRST_WAIT_S = 3, 0.1  # of a call that may be repeated
-# Uvicorn closes a connection that was idle for 5 s; one that is used in that very moment fails for no reason.
-IDLE_S = 2.0
 
 
 class Unreachable(EngineError):
@@ -33,19 +32,10 @@ class Declined(EngineError):
 
 
 class Caller:
-    """Connections to the server at ``url``, kept open between calls. Use it in one event loop.
-
-    httpx, because core depends on it already: the calls are few and large (a bucket of weights, a hundred requests),
-    so what a faster client saves on each is lost in them.
-    """
+    """Connections to the server at ``url``, kept open between calls. Use it in one event loop."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            timeout=None,
-            trust_env=False,  # a proxy for the outside world does not know the cluster's own machines
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_S),
-        )
+        self._url, self._connections = url, Connections()
 
     async def get(self, path: str, timeout: float = QUICK_S) -> Any:
         return await self._call("GET", path, None, timeout)
@@ -69,19 +59,19 @@ class Caller:
         raise AssertionError
 
     async def close(self) -> None:
-        await self._client.aclose()
+        """Calls under way, and later ones, raise Unreachable."""
+        await self._connections.close()
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
-        if self._client.is_closed:
-            raise Unreachable(f"{path}: the server was given up")
+        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         try:
-            async with asyncio.timeout(timeout):  # of the whole; httpx itself would limit each read
-                reply = await self._client.request(method, path, json=body)
+            async with asyncio.timeout(timeout):
+                status, told = await self._connections.ask(method, self._url + path, content)
         except TimeoutError as error:
             raise Silent(f"{path}: no answer within {timeout:g} s") from error
-        except httpx.TransportError as error:
+        except (aiohttp.ClientError, ValueError) as error:
             raise Unreachable(f"{path}: {type(error).__name__}: {error}") from error
-        return answer_of(path, reply.status_code, reply.content)
+        return answer_of(path, status, told)
 
 
 def answer_of(path: str, status: int, content: bytes) -> Any:

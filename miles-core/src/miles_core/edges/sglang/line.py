@@ -10,7 +10,8 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
-from .calls import IDLE_S, Silent, Unreachable, answer_of
+from ..http import IDLE_S
+from .calls import Silent, Unreachable, answer_of
 
 MOST_BYTES = 1 << 20  # of a line in a reply's head
 
@@ -20,7 +21,7 @@ class Line:
 
     A server that has loaded a bucket of weights finds the next one already there. Over several connections it could
     take the second first, and two servers in different orders: then each would wait for the other in its broadcast.
-    httpx sends nothing before it has the reply to what it sent. Use it in one event loop.
+    aiohttp sends nothing before it has the reply to what it sent. Use it in one event loop.
     """
 
     def __init__(self, url: str) -> None:
