@@ -286,3 +286,24 @@ def test_closing_while_the_server_starts_leaves_nothing() -> None:
         assert not subprocess.run(["pgrep", "-f", f"{SERVER} .*--load-s 61"], capture_output=True).stdout
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("after_s", [0, 0.1])
+def test_closing_while_the_server_is_replaced_waits_for_the_old_one(after_s: float) -> None:
+    async def go() -> None:
+        async with engines("0.5.16") as [worker]:
+            old = await live(worker)
+            kill, gone = old.process.kill, []
+
+            def slowly() -> None:
+                time.sleep(0.5)
+                kill()
+                gone.append(old)
+
+            old.process.kill = slowly  # type: ignore[method-assign]
+            await worker.engine.restart(old.address, "no answer")
+            await asyncio.sleep(after_s)
+            await worker.engine.close()
+            assert gone
+
+    asyncio.run(go())

@@ -59,9 +59,14 @@ class Live:
         return "" if self.process.alive else await asyncio.to_thread(self.process.last_words)
 
     async def end(self) -> None:
-        """Kill it, and wait until it is gone."""
-        await asyncio.to_thread(self.process.kill)
-        await self.call.close()
+        """Kill it, and wait until it is gone, even when cancelled: whoever starts its successor, or closes the engine
+        meanwhile, is to find its memory free."""
+        killing = asyncio.ensure_future(asyncio.to_thread(self.process.kill))
+        try:
+            await asyncio.shield(killing)
+        finally:
+            await killing
+            await self.call.close()
 
 
 async def launch(command: Sequence[str], host: str, timeout_s: float) -> Live:

@@ -362,7 +362,8 @@ class SGLangEngine:
         if stale or self._version or self._refusal:
             self._refusal = f"{why}; its successor serves nothing until whole weights arrive"
         print(f"the SGLang server at {old.url} is replaced: {why}", flush=True)
-        self._starting = asyncio.ensure_future(self._start(STARTS, old))
+        # Begun at once: however soon the engine is closed, it waits until the old server is gone.
+        self._starting = asyncio.Task(self._start(STARTS, old), loop=asyncio.get_running_loop(), eager_start=True)
 
     async def _watch(self) -> None:
         """Consumes servers that came up; has each replaced that dies or hangs. Ends with the engine."""
