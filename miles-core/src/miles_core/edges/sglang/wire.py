@@ -143,7 +143,9 @@ def completion(request: Request, reply: dict[str, Any], mark: str) -> Completion
 def _versions(meta: dict[str, Any], n: int, mark: str) -> list[int]:
     """Per token. 0.5.23 tells which weights wrote which tokens; with 0.5.16 no request outlives an update."""
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": n}]
-    versions = [version_of(span["version"], mark) for span in spans for _ in range(span["start"], span["end"])]
+    versions: list[int] = []
+    for span in spans:
+        versions += [version_of(span["version"], mark)] * (span["end"] - span["start"])
     if len(versions) < n:
         raise EngineError(f"the server gave versions of {len(versions)} tokens for {n}")
     return versions[:n]
