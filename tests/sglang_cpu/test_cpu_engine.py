@@ -237,8 +237,11 @@ def test_an_update_comes_through_while_the_engine_is_paused(
     assert_right(weights, requests, started.result(120), {old, old + 1})
 
 
-def test_two_pipeline_stages_send_their_own_layers(served: Served, weights: Weights) -> None:
-    """Each in a group of its own; what one of them sends is not the whole model. Every tensor is compared."""
+def test_two_pipeline_stages_send_their_own_layers(
+    served: Served, weights: Weights, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in a group of its own; what one of them sends is not the whole model. Every tensor is compared, of an update
+    that SGLang's model was not asked to load."""
     transports = []
     for rank in range(2):
         transports.append(BroadcastTransport(1, BUCKET, 120))
@@ -257,6 +260,7 @@ def test_two_pipeline_stages_send_their_own_layers(served: Served, weights: Weig
             assert all(one.result(120)["tensors"] > 10 for one in sent)
         served.ask("end_update", number)  # version 0 must be what the server read from disk
     served.version = version + 1
+    assert capsys.readouterr().out.count("buckets are loaded from now on as the model did it") == len(transports)
     for transport in transports:
         transport.close()
     requests = group(34, 4, 24)

@@ -51,10 +51,11 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-class Model:
+class Model(torch.nn.Module):
     """As a model of SGLang's: ``load_weights`` goes through named tensors once, and keeps none of them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.received: dict[str, str] = {}
         self.calls: list[list[str]] = []
 

@@ -33,6 +33,7 @@ __all__ = ["sglang"]  # a fixture
 
 RUN_SERVER = str(Path(__file__).with_name("run_server.py"))
 BUCKET = 160  # bytes: two or three of the tensors
+LIMIT = timedelta(seconds=30)  # a store asks for names of addresses, which may take 5 s where one is lost
 RANKS = count()  # a process has no two groups of one name
 
 
@@ -103,8 +104,9 @@ def test_what_is_wrong_in_the_loader_is_told_and_the_server_replaced(
 # -- in this process ---------------------------------------------------------------------------------------------------
 
 
-class Model:
+class Model(torch.nn.Module):
     def __init__(self, keeps: bool = False, stops: bool = False) -> None:
+        super().__init__()
         self.keeps, self.stops, self.names = keeps, stops, list[str]()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -119,8 +121,8 @@ def sending() -> Iterator[Sending]:
     """Four buckets, in a group of one."""
     name = f"miles-{next(RANKS)}-alone"
     enter_group("gloo", f"tcp://127.0.0.1:{free_port('127.0.0.1')}", 1, 0, name)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
-    sending = Sending(name, "127.0.0.1", store.port, 1, 64, 5.0)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=LIMIT, wait_for_workers=False)
+    sending = Sending(name, "127.0.0.1", store.port, 1, 64, LIMIT.total_seconds())
     for i in range(4):
         store.set(sending.key(i), note(Lone(f"t{i}", torch.zeros(10)).places))
     store.set(sending.key(4), note([]))

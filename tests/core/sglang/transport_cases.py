@@ -159,10 +159,11 @@ class Engine:
         Receiver(empty.device).load(Model(self.got[rank]), self.groups[sending.group][rank], sending)
 
 
-class Model:
+class Model(torch.nn.Module):
     """Keeps a copy of what it is given."""
 
     def __init__(self, got: dict[str, torch.Tensor]) -> None:
+        super().__init__()
         self.got = got
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

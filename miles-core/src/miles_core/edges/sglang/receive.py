@@ -6,8 +6,9 @@ parameters once an update. Nothing here waits for the GPU:
 
 - A bucket is received on a stream of its own, into one of two buffers that stay as long as the group does, while the
   GPU still copies the bucket before it into the parameters.
-- That is done by ``model.load_weights`` on the stream that SGLang calls this on. So everything that SGLang does later,
-  of the next update's first bucket to the first token, comes behind it, whether or not a last bucket ever arrived.
+- That is done by ``model.load_weights``, and later as that did it (see ``copies``), on the stream that SGLang calls
+  this on. So everything that SGLang does later, of the next update's first bucket to the first token, comes behind it,
+  whether or not a last bucket ever arrived.
 - A buffer is received into again only behind the copies out of it; an event on that stream tells. It was allocated on
   that stream, which waits for every broadcast: whoever has its memory next comes behind both.
 
@@ -21,9 +22,10 @@ import base64
 import json
 import pickle
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from itertools import count, cycle
+from itertools import chain, count, cycle
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -34,6 +36,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .bucket import Place, names_of
+from .copies import Copies, Watch
 
 
 class Empty:
@@ -96,6 +99,23 @@ class Slot:
             self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One that was received, or on a GPU will have been when the current stream comes to it."""
+
+    note: bytes
+    places: list[Place]
+    flat: Tensor  # [bytes] uint8
+    slot: Slot
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each by its name. It is gone once the bucket after the next one is asked for."""
+        for place in self.places:
+            tensor = self.flat[place.start : place.end].view(place.dtype).view(place.shape)
+            self.slot.given.append((place.name, ref(tensor)))
+            yield place.name, tensor
+
+
 class Receiver:
     """One rank's end of one group."""
 
@@ -106,34 +126,49 @@ class Receiver:
         self._stream = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
         self._slots = Slot(), Slot()
         self._notes: TCPStore | None = None
-        self.at = "before the first bucket"  # what it was at, for a complaint
+        self._copies = Copies()
+        self._at: tuple[int, list[Place]] | None = None
+
+    @property
+    def at(self) -> str:
+        """What it was at, for a complaint."""
+        return f"at bucket {self._at[0]}, {names_of(self._at[1])}" if self._at else "before the first bucket"
 
     def load(self, model: Any, group: dist.ProcessGroup, sending: Sending) -> None:
         """Load all that is sent. On a GPU it is only begun when this returns; see above. Raises RuntimeError."""
         arriving = self._arriving(group, sending)
-        model.load_weights(arriving)
-        if next(arriving, None) is not None:
+        for number, bucket in enumerate(arriving):
+            if not number:
+                self._copies.check(model)
+            if known := self._copies.known(bucket.note):
+                known.take(bucket.flat)
+            else:
+                self._ask(model, chain([bucket], arriving))
+
+    def _ask(self, model: Any, buckets: Iterator[Bucket]) -> None:
+        """Have the model load what is in these."""
+        with self._copies.watch(model) as watch:
+            tensors = _tensors(buckets, watch)
+            model.load_weights(tensors)
+        if next(tensors, None) is not None:
             raise RuntimeError("the model asks for no more tensors, and there are more")
 
-    def _arriving(self, group: dist.ProcessGroup, sending: Sending) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor by its name. It is gone once those of the next bucket but one are asked for."""
+    def _arriving(self, group: dist.ProcessGroup, sending: Sending) -> Iterator[Bucket]:
+        """Each is gone once the next but one is asked for."""
         limit, slots = timedelta(seconds=sending.timeout_s), cycle(self._slots)
         if self._notes is None:
             self._notes = TCPStore(sending.host, sending.port, is_master=False, timeout=limit, wait_for_workers=False)
         for number in count():
-            places = places_of(self._notes.get(sending.key(number)))
+            note = self._notes.get(sending.key(number))
+            known = self._copies.known(note)
+            places = known.places if known else places_of(note)
             if not places:
                 return
-            self.at = f"at bucket {number}, {names_of(places)}"
+            self._at = number, places
             size = places[-1].end
             slot = Slot() if size > sending.bucket_bytes else next(slots)
             slot.hold(max(size, sending.bucket_bytes), self._device)
-            flat = self._receive(group, slot, size)
-            for place in places:
-                tensor = flat[place.start : place.end].view(place.dtype).view(place.shape)
-                slot.given.append((place.name, ref(tensor)))
-                yield place.name, tensor
-            del tensor, flat
+            yield Bucket(note, places, self._receive(group, slot, size), slot)
             if self._stream:
                 slot.loaded = slot.loaded or torch.cuda.Event()  # type: ignore[no-untyped-call]
                 slot.loaded.record()
@@ -154,6 +189,20 @@ class Receiver:
             dist.broadcast(flat, group=group, group_src=0)
         here.wait_stream(self._stream)
         return flat
+
+
+def _tensors(buckets: Iterator[Bucket], watch: Watch | None) -> Iterator[tuple[str, Tensor]]:
+    """Those in all of the buckets."""
+    while True:
+        with watch.aside() if watch else nullcontext():
+            bucket = next(buckets, None)
+        if bucket is None:
+            return
+        if watch:
+            watch.begin(bucket.note, bucket.places, bucket.flat)
+        yield from bucket.tensors()
+        if watch:
+            watch.end()
 
 
 # By the group itself: what leaves it, or meets another one of that name, begins anew, and its buffers go with it.

@@ -1,0 +1,203 @@
+"""What a model does with a bucket of weights, where that comes to copies: seen once, and done without asking it again.
+
+``model.load_weights`` is Python for each tensor, in which it looks for the parameter that the tensor is a part of, and
+takes longer than the tensors do to arrive. Yet of a bucket with the same tensors in it the same bytes go the same way.
+
+A bucket becomes known only where nothing else is possible: while the model loaded all of them, PyTorch did nothing but
+take views, copy parts of the bucket into parameters, some of each tensor and nothing to where something was copied
+before, and fill parts of parameters with numbers (the padding of a vocabulary). One operation of another kind, on
+whatever tensor, and the model is always asked. So it is once a parameter is not where it was.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .bucket import Place
+
+_COPY, _FILLS = torch.ops.aten.copy_.default, (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a bucket: a view of its memory."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt  # elements of that dtype
+
+    def within(self, flat: Tensor) -> Tensor:
+        """This part of a bucket: [bytes] uint8, where its memory begins."""
+        part = torch.empty(0, dtype=self.dtype, device=flat.device)
+        return part.set_(flat.untyped_storage(), self.offset, self.size, self.stride)
+
+
+@dataclass(eq=False, slots=True)
+class Known:
+    """What is done with one bucket."""
+
+    places: list[Place]
+    parts: list[Part] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)  # parts of parameters, one for each part of the bucket
+    fills: list[tuple[Tensor, float]] = field(default_factory=list)
+    _at: int = -1  # the bucket that was cut last
+    _cut: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def take(self, flat: Tensor) -> None:
+        """Load a bucket: [bytes] uint8, where its memory begins. On a GPU that is begun on the current stream."""
+        if flat.data_ptr() != self._at:
+            self._at, self._cut = flat.data_ptr(), [part.within(flat) for part in self.parts]
+        torch._foreach_copy_(self.targets, self._cut)
+        for target, value in self.fills:
+            target.fill_(value)
+
+    def apart(self) -> bool:
+        """Whether no two targets, of copies or fills, have memory in common; else their order would count."""
+        spans = sorted(_span(target) for target in chain(self.targets, (target for target, _ in self.fills)))
+        return all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+class Copies:
+    """Those of one model: each bucket by the note of what is in it."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Known] = {}
+        self._where: list[int] = []  # parameters were when they were copied into
+        self.other = ""  # why the model is always asked
+
+    def known(self, note: bytes) -> Known | None:
+        return self._known.get(note)
+
+    def check(self, model: nn.Module) -> None:
+        """Forget all once a parameter is not where it was. To be called each time before anything is copied."""
+        if self._known and self._where != _places(model):
+            self._known = {}
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Watch | None]:
+        """What is done in here is what ``load_weights`` does. None where watching is no use."""
+        if self.other:
+            yield None
+            return
+        where = _places(model)  # before: one that moves meanwhile is not there again
+        with Watch({_memory(tensor) for tensor in _tensors(model)}) as watch:
+            yield watch
+        self.other = watch.other
+        if self.other:
+            print(f"weights: the model is asked to load them each time, which did more than copying: {self.other}")
+        else:
+            self._known, self._where = {**self._known, **watch.seen}, where
+            print(f"weights: {len(watch.seen)} buckets are loaded from now on as the model did it")
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees what is done with one bucket after another."""
+
+    def __init__(self, memory: set[int]) -> None:
+        """``memory``: of parameters."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: dict[bytes, Known] = {}
+        self.other = ""  # what was done that is more than copying
+        self._memory, self._aside = memory, False
+        self._now: Known | None = None
+        self._flat: Tensor | None = None
+        self._from: set[str] = set()  # tensors of this bucket that something was copied from
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in here is not the model's doing."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def begin(self, note: bytes, places: list[Place], flat: Tensor) -> None:
+        """A bucket is given to the model: [bytes] uint8, where its memory begins."""
+        self._now = self.seen[note] = Known(places)
+        self._flat, self._from = flat, set()
+        self._starts = [place.start for place in places]
+
+    def end(self) -> None:
+        """It asks for what is behind that."""
+        assert self._now is not None
+        left = [p.name for p in self._now.places if p.end > p.start and p.name not in self._from]
+        if left:
+            self._found(f"nothing copied from {left[0]}")
+        if not self._now.apart():
+            self._found("something copied twice")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (self._aside or self.other):
+            self._look(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, func: Any, args: Any) -> None:
+        if func is _COPY:
+            self._copied(args[0], args[1])
+        elif func in _FILLS:
+            self._filled(args[0], args[1] if len(args) > 1 else 0)
+        elif not _is_view(func):
+            self._found(str(func))
+
+    def _copied(self, target: Tensor, source: Tensor) -> None:
+        if self._now is None or self._flat is None or _memory(source) != _memory(self._flat):
+            return self._found("a copy from elsewhere")
+        if _memory(target) not in self._memory or target.shape != source.shape:
+            return self._found("a copy into what is no part of a parameter, or of another shape")
+        if not source.numel():
+            return None
+        place = self._now.places[bisect_right(self._starts, source.data_ptr() - self._flat.data_ptr()) - 1]
+        self._from.add(place.name)
+        self._now.targets.append(target)
+        self._now.parts.append(Part(source.dtype, source.size(), source.stride(), source.storage_offset()))
+
+    def _filled(self, target: Tensor, value: float) -> None:
+        if self._now is None or _memory(target) not in self._memory:
+            return self._found("something filled that is no part of a parameter")
+        if target.numel():
+            self._now.fills.append((target, value))
+
+    def _found(self, other: str) -> None:
+        self.other = self.other or other
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(told.alias_info and not told.alias_info.is_write for told in returns)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, some perhaps twice, in an order that stays. A tenth of what ``parameters()`` takes."""
+    modules = [model]
+    for module in modules:
+        modules += [inner for inner in module._modules.values() if inner is not None]
+        yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+        yield from (tensor for tensor in module._buffers.values() if tensor is not None)
+
+
+def _places(model: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in _tensors(model)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte, and of the one behind its last."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
