@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from miles_core.edges.sglang.bucket import Flat, Lone, buckets
 from miles_core.edges.sglang.receive import Receiver, Sending, Slot, note
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 HIDDEN, INNER, VOCAB, PADDED, LAYERS, EXPERTS = 8, 12, 10, 16, 2, 3
 ROWS = {"q_proj": (0, 16), "k_proj": (16, 20), "v_proj": (20, 24), "gate_proj": (0, INNER), "up_proj": (INNER, 24)}
@@ -134,6 +135,24 @@ def test_a_model_is_asked_once(bucket_bytes: int, order: Any) -> None:
         made = weights(version)
         receiver.update(model, {name: made[name] for name in names}, bucket_bytes)
         assert right(model, made) and model.asked == 1
+
+
+def test_of_what_is_larger_than_a_bucket_no_memory_is_kept(receiver: Handed) -> None:
+    kept = Slot.hold
+    storages = []
+
+    def hold(slot: Slot, size: int, device: torch.device) -> None:
+        kept(slot, size, device)
+        if size > 100 and slot.buffer is not None:
+            storages.append(StorageWeakRef(slot.buffer.untyped_storage()))
+
+    model = Model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Slot, "hold", hold)
+        for version in range(3):
+            receiver.update(model, weights(version), 100)
+    assert right(model, weights(2)) and model.asked == 1
+    assert len(storages) > 6 and all(storage.expired() for storage in storages)
 
 
 def test_other_buckets_are_not_taken_for_known_ones(receiver: Handed) -> None:

@@ -50,15 +50,16 @@ class Known:
     parts: list[Part] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)  # parts of parameters, one for each part of the bucket
     fills: list[tuple[Tensor, float]] = field(default_factory=list)
-    _at: int = -1  # the bucket that was cut last
+    _at: int = -1  # where the bucket was that was cut last
     _cut: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def take(self, flat: Tensor) -> None:
         """Load a bucket: [bytes] uint8, where its memory begins. On a GPU that is begun on the current stream."""
-        if flat.data_ptr() != self._at:
-            self._at, self._cut = flat.data_ptr(), [part.within(flat) for part in self.parts]
-        torch._foreach_copy_(self.targets, self._cut)
+        cut = self._cut if flat.data_ptr() == self._at else [part.within(flat) for part in self.parts]
+        if len(self.places) > 1:  # one tensor alone may be larger than a bucket, and its memory is not kept
+            self._at, self._cut = flat.data_ptr(), cut
+        torch._foreach_copy_(self.targets, cut)
         for target, value in self.fills:
             target.fill_(value)
 
