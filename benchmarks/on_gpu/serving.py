@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from miles_core.edges.cluster.cluster import RayCluster
 from miles_core.edges.cluster.session import Session
+from miles_core.edges.http import IDLE_S
 from miles_core.edges.protocols import Completion, Request, Sampling, Worker
 from miles_core.edges.sglang import SGLang, wire
 from miles_core.edges.sglang.client import SGLangClient
@@ -62,7 +63,7 @@ def requests(ids: list[list[int]], tokens: int = TOKENS) -> list[Request]:
 async def rollout(client: SGLangClient, worker: Worker, vocab: int, pairs: int = PAIRS, size: int = PROMPTS) -> Row:
     """Through Miles' client and router, and by one plain call, in turns; the cache of prefixes is empty each time."""
     url, _ = wire.parts_of(await worker.call("address"))
-    fresh = aiohttp.TCPConnector(keepalive_timeout=2.0)  # the server closes connections that are idle for five seconds
+    fresh = aiohttp.TCPConnector(keepalive_timeout=IDLE_S)
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(), connector=fresh) as plain:
 
         async def through(ids: list[list[int]]) -> int:

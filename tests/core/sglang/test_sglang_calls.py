@@ -52,9 +52,8 @@ class Odd:
 async def odd() -> AsyncIterator[tuple[Odd, Caller]]:
     server = Odd()
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
-    call = Caller(
-        f"http://localhost:{listening.sockets[0].getsockname()[1]}"
-    )  # cookies of numbers would be kept nowhere
+    port = listening.sockets[0].getsockname()[1]
+    call = Caller(f"http://localhost:{port}")  # cookies of numbers would be kept nowhere
     try:
         yield server, call
     finally:

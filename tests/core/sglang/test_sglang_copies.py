@@ -286,6 +286,17 @@ def test_what_it_does_behind_the_last_tensor_counts_too(receiver: Handed) -> Non
         assert model.asked == version + 1 and model.scale == model.embed.sum()
 
 
+def test_a_second_copy_behind_the_last_tensor_is_one_too(receiver: Handed) -> None:
+    class Again(Model):
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+            *_, (_, last) = ((self.put(self.layer1, "norm", tensor), tensor) for name, tensor in weights)
+            self.put(self.layer1, "norm", last)
+
+    model, made = Again(), {"layer1.norm": weights(0)["layer1.norm"]}
+    receiver.update(model, made, 400)
+    assert receiver._copies.other == "something copied twice"
+
+
 def test_a_known_bucket_is_given_up_with_its_buffer() -> None:
     """Buffers are of one group; what was found out about them is too."""
     model = Model()

@@ -35,7 +35,8 @@ class Caller:
     """Connections to the server at ``url``, kept open between calls. Use it in one event loop."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._connections = url, Connections()
+        self._url = url
+        self._connections = Connections()  # no proxy: one for the outside world does not know the cluster's machines
 
     async def get(self, path: str, timeout: float = QUICK_S) -> Any:
         return await self._call("GET", path, None, timeout)

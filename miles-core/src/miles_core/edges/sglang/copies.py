@@ -34,7 +34,7 @@ class Part:
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int | torch.SymInt  # elements of that dtype
+    offset: int  # elements of that dtype
 
     def within(self, flat: Tensor) -> Tensor:
         """This part of a bucket: [bytes] uint8, where its memory begins."""
@@ -63,10 +63,16 @@ class Known:
         for target, value in self.fills:
             target.fill_(value)
 
-    def apart(self) -> bool:
-        """Whether no two targets, of copies or fills, have memory in common; else their order would count."""
+    def other(self) -> str:
+        """What forbids to do it without the model; "" for nothing."""
+        starts = [place.start for place in self.places]
+        whose = {bisect_right(starts, part.offset * part.dtype.itemsize) - 1 for part in self.parts}
+        left = [place.name for i, place in enumerate(self.places) if place.end > place.start and i not in whose]
+        if left:
+            return f"nothing copied from {left[0]}"
+        # In targets that have memory in common the order would count.
         spans = sorted(_span(target) for target in chain(self.targets, (target for target, _ in self.fills)))
-        return all(before[1] <= after[0] for before, after in pairwise(spans))
+        return "" if all(before[1] <= after[0] for before, after in pairwise(spans)) else "something copied twice"
 
 
 class Copies:
@@ -94,7 +100,7 @@ class Copies:
         where = _places(model)  # before: one that moves meanwhile is not there again
         with Watch({_memory(tensor) for tensor in _tensors(model)}) as watch:
             yield watch
-        self.other = watch.other
+        self.other = watch.other or next(filter(None, (known.other() for known in watch.seen.values())), "")
         if self.other:
             print(f"weights: the model is asked to load them each time, which did more than copying: {self.other}")
         else:
@@ -112,8 +118,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.other = ""  # what was done that is more than copying
         self._memory, self._aside = memory, False
         self._now: Known | None = None
-        self._flat: Tensor | None = None
-        self._from: set[str] = set()  # tensors of this bucket that something was copied from
+        self._bucket = 0  # where its memory is
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -126,18 +131,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self, note: bytes, places: list[Place], flat: Tensor) -> None:
         """A bucket is given to the model: [bytes] uint8, where its memory begins."""
-        self._now = self.seen[note] = Known(places)
-        self._flat, self._from = flat, set()
-        self._starts = [place.start for place in places]
-
-    def end(self) -> None:
-        """It asks for what is behind that."""
-        assert self._now is not None
-        left = [p.name for p in self._now.places if p.end > p.start and p.name not in self._from]
-        if left:
-            self._found(f"nothing copied from {left[0]}")
-        if not self._now.apart():
-            self._found("something copied twice")
+        self._now, self._bucket = Known(places), _memory(flat)
+        self.seen[note] = self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not (self._aside or self.other):
@@ -153,16 +148,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._found(str(func))
 
     def _copied(self, target: Tensor, source: Tensor) -> None:
-        if self._now is None or self._flat is None or _memory(source) != _memory(self._flat):
+        if self._now is None or _memory(source) != self._bucket:
             return self._found("a copy from elsewhere")
         if _memory(target) not in self._memory or target.shape != source.shape:
             return self._found("a copy into what is no part of a parameter, or of another shape")
         if not source.numel():
             return None
-        place = self._now.places[bisect_right(self._starts, source.data_ptr() - self._flat.data_ptr()) - 1]
-        self._from.add(place.name)
         self._now.targets.append(target)
-        self._now.parts.append(Part(source.dtype, source.size(), source.stride(), source.storage_offset()))
+        self._now.parts.append(Part(source.dtype, source.size(), source.stride(), int(source.storage_offset())))
 
     def _filled(self, target: Tensor, value: float) -> None:
         if self._now is None or _memory(target) not in self._memory:

@@ -201,8 +201,6 @@ def _tensors(buckets: Iterator[Bucket], watch: Watch | None) -> Iterator[tuple[s
         if watch:
             watch.begin(bucket.note, bucket.places, bucket.flat)
         yield from bucket.tensors()
-        if watch:
-            watch.end()
 
 
 # By the group itself: what leaves it, or meets another one of that name, begins anew, and its buffers go with it.
