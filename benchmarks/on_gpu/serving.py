@@ -194,17 +194,18 @@ async def sync(
         began = time.perf_counter()
         await worker.call("sleep")
         asleep = time.perf_counter() - began
-        stopping = asyncio.ensure_future(worker.call("begin_update"))  # as the loop does, which need not know of sleep
+        # As the loop does, which need not know of sleep.
+        stopping = asyncio.ensure_future(worker.call("begin_update", version))
         await asyncio.to_thread(_train, miles, [packed([8192], vocab, version)])
         began = time.perf_counter()
-        await stopping
+        server = await stopping
         stops = time.perf_counter()
         HERE.trained = kept  # without a training to go by the engine does not stay
         miles.model._turns.rest()  # which ``export`` would do
         rests = time.perf_counter()
-        size = transport.send(miles.model.export(), verify=False)["bytes"]
+        size = transport.send(miles.model.export(), verify=False, servers=[server])["bytes"]
         sent = time.perf_counter()
-        await worker.call("end_update", version)
+        await worker.call("end_update")
         parts.append((asleep, stops - began, rests - stops, sent - rests, time.perf_counter() - sent))
     [completion] = await client.generate(requests(prompts(7, vocab, 1), 8))
     if set(completion.versions) != {last}:

@@ -52,15 +52,16 @@ class SimulatedEngine:
     def _at(self, when: float) -> int:
         return next(version for moved, version in reversed(self._moved) if moved <= when)
 
-    async def begin_update(self) -> None:
-        self._stands = self._stands or time.monotonic()
+    async def begin_update(self, version: int) -> str:
+        self._stands, self._next = self._stands or time.monotonic(), version
         self._writes.clear()
+        return ""
 
     async def load(self, bucket: Bucket) -> dict[str, int]:
         return {piece.name: piece.checksum for piece in bucket.pieces if piece.checksum is not None}
 
-    async def end_update(self, version: int) -> None:
-        self._moved.append((self._now(), version))
+    async def end_update(self) -> None:
+        self._moved.append((self._now(), self._next))
         await self.abort_update()
 
     async def abort_update(self) -> None:

@@ -42,9 +42,9 @@ def group(number: int, attempts: int, tokens: int, **sampling: Any) -> list[Requ
 
 def push(served: Served, one: Trainer, transport: Any, version: int, verify: bool = False) -> dict[str, float]:
     """Weights to the engine, as the loop moves them."""
-    served.ask("begin_update")
-    told: dict[str, float] = transport.send(one.model.export(), verify)
-    served.ask("end_update", version)
+    servers = [served.ask("begin_update", version)]
+    told: dict[str, float] = transport.send(one.model.export(), verify, servers=servers)
+    served.ask("end_update")
     served.version = version
     return told
 

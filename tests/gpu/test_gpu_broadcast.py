@@ -79,9 +79,9 @@ def test_every_byte_arrives_over_many_small_buckets(served: Served, one: Trainer
     for _ in range(5):
         noise = ((name, torch.randn_like(tensor)) for name, tensor in disk.items())
         for number, named in ((version + 1, noise), (0, iter(disk.items()))):
-            served.ask("begin_update")
-            transport.send(named, verify=not number)
-            served.ask("end_update", number)
+            servers = [served.ask("begin_update", number)]
+            transport.send(named, verify=not number, servers=servers)
+            served.ask("end_update")
     push(served, one, transport, version + 1)
     assert_serves(served, one)
     transport.close()
@@ -127,10 +127,10 @@ def test_a_server_that_dies_among_buckets_ends_the_send(
                 time.sleep(1)
             yield pair
 
-    served.ask("begin_update")
+    servers = [served.ask("begin_update", 1)]
     began = time.monotonic()
     with pytest.raises(TransportError, match="engine-0 did not load model"):
-        transport.send(cut(), verify=False)
+        transport.send(cut(), verify=False, servers=servers)
     assert time.monotonic() - began < 20
     served.ask("abort_update")
     until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")

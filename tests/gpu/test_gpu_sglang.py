@@ -128,12 +128,14 @@ def test_weights_arrive_by_handles_and_every_tensor_is_compared(
     assert told == {"bytes": float(sum(sizes.values())), "tensors": float(len(sizes))}
     before = served.ask("checksums")
     spoiled = "model.layers.1.mlp.down_proj.weight"
-    served.ask("begin_update")
-    transport.send(((name, t + 1 if name == spoiled else t) for name, t in one.model.export()), verify=True)
+    servers = [served.ask("begin_update", 0)]
+    transport.send(
+        ((name, t + 1 if name == spoiled else t) for name, t in one.model.export()), verify=True, servers=servers
+    )
     with pytest.raises(TransportError, match=f"1 of {len(before)} tensors are not what .* such as 0/{spoiled}"):
-        served.ask("end_update", 0)
-    transport.send(one.model.export(), verify=True)
-    served.ask("end_update", 0)
+        served.ask("end_update")
+    transport.send(one.model.export(), verify=True, servers=servers)
+    served.ask("end_update")
     assert served.ask("checksums") == before
     requests = group(60, 4, 32)
     completions = served.generate(requests)
@@ -145,12 +147,14 @@ def test_a_tensor_that_never_arrives_is_found_out(served: Served, one: Trainer, 
     """The server has it from its disk, and it is made random."""
     lost = "model.layers.2.mlp.down_proj.weight"
     for version, why in ((0, "are not what the server read"), (5, "of the engine did not arrive")):
-        served.ask("begin_update")
-        transport.send(((name, tensor) for name, tensor in one.model.export() if name != lost), verify=True)
+        servers = [served.ask("begin_update", version)]
+        transport.send(
+            ((name, tensor) for name, tensor in one.model.export() if name != lost), verify=True, servers=servers
+        )
         with pytest.raises(TransportError, match=f"1 of .* tensors {why}.* such as 0/{lost}"):
-            served.ask("end_update", version)
-        transport.send(one.model.export(), verify=True)
-        served.ask("end_update", version)
+            served.ask("end_update")
+        transport.send(one.model.export(), verify=True, servers=servers)
+        served.ask("end_update")
     served.version = version
 
 
@@ -216,7 +220,7 @@ def test_both_keep_their_memory_where_they_fit(served: Served, one: Trainer, tra
     torch.cuda.reset_peak_memory_stats()  # what other tests of this process took is not this training's
     left, requests = [], group(80, 4, 32)
     for _ in range(2):  # what is known of the first training decides on the second
-        served.ask("begin_update")
+        served.ask("begin_update", 1)
         left.append(free())
         one.learn([pack(sequences((400, 300), SHAPE["vocab_size"]))])
         one.model.step(lambda norm: None)
@@ -301,7 +305,7 @@ def test_a_server_that_hangs_is_found_out_and_replaced(
 
 def test_an_update_cut_short_is_never_served(served: Served, one: Trainer, transport: HandleTransport) -> None:
     leader = leader_of(served)
-    served.ask("begin_update")
+    servers = [served.ask("begin_update", 1)]
 
     def cut() -> Iterator[tuple[str, torch.Tensor]]:
         for i, pair in enumerate(one.model.export()):
@@ -310,7 +314,7 @@ def test_an_update_cut_short_is_never_served(served: Served, one: Trainer, trans
             yield pair
 
     with pytest.raises(ConnectionError, match="the rank is gone"):
-        transport.send(cut(), verify=False)
+        transport.send(cut(), verify=False, servers=servers)
     assert served.worker.engine._update.loads, "some weights had been overwritten"
     served.ask("abort_update")
     with pytest.raises(EngineError, match="was cut short; its successor serves nothing until whole weights arrive"):

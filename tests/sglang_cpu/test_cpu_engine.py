@@ -29,9 +29,9 @@ FAR = 1.0  # log-probabilities of two versions are further apart than this somew
 
 
 def push(served: Served, transport: BroadcastTransport, weights: Weights, version: int) -> dict[str, float]:
-    served.ask("begin_update")
-    told = transport.send(weights.tensors(version), verify=version == 0)
-    served.ask("end_update", version)
+    servers = [served.ask("begin_update", version)]
+    told = transport.send(weights.tensors(version), verify=version == 0, servers=servers)
+    served.ask("end_update")
     served.version = version
     return told
 
@@ -155,7 +155,7 @@ def test_weights_outside_an_update_are_refused_by_both(served: Served) -> None:
     bucket = wire.Tensors((Sending("nobody", "127.0.0.1", 1, 1, BUCKET, 1.0).payload(),), wire.RECEIVE)
     with pytest.raises(TransportError, match="weights arrived outside an update; call begin_update first"):
         served.ask("load", bucket)
-    asked = served.live().call.post(*wire.update(bucket))
+    asked = served.live().call.post(*wire.update(bucket, "1@m"))
     with pytest.raises(Declined, match="must run between begin_weight_update.. and end_weight_update"):
         served.worker.turning.submit(asked).result(30)
     assert served.ask("health")["refuses"] == "" and not served.ask("health")["restarts"]
@@ -188,11 +188,11 @@ def test_requests_in_flight_go_on_with_the_new_weights(
     old, requests = served.version, group(30, 4, LONG)
     started = served.start(requests)
     writing(served, 4)
-    served.ask("begin_update")
+    servers = [served.ask("begin_update", old + 1)]
     late = served.start(group(31, 1, 8))  # waits in the server
-    transport.send(weights.tensors(old + 1), verify=False)
+    transport.send(weights.tensors(old + 1), verify=False, servers=servers)
     assert not started.done() and not late.done()
-    served.ask("end_update", old + 1)
+    served.ask("end_update")
     served.version = old + 1
     assert_right(weights, requests, started.result(120), {old, old + 1})
     assert_right(weights, group(31, 1, 8), late.result(60), {old + 1})
@@ -254,11 +254,11 @@ def test_two_pipeline_stages_send_their_own_layers(
 
     version = served.version
     for number in (version + 1, 0, version + 1):
-        served.ask("begin_update")
+        servers = [served.ask("begin_update", number)]
         with ThreadPoolExecutor(2) as ranks:
-            sent = [ranks.submit(transports[rank].send, part(rank, number), not number) for rank in range(2)]
+            sent = [ranks.submit(transports[rank].send, part(rank, number), not number, servers) for rank in range(2)]
             assert all(one.result(120)["tensors"] > 10 for one in sent)
-        served.ask("end_update", number)  # version 0 must be what the server read from disk
+        served.ask("end_update")  # version 0 must be what the server read from disk
     served.version = version + 1
     assert capsys.readouterr().out.count("buckets are loaded from now on as the model did it") == len(transports)
     for transport in transports:
@@ -271,7 +271,7 @@ def test_an_update_that_changed_nothing_costs_no_restart(
     served: Served, transport: BroadcastTransport, weights: Weights
 ) -> None:
     requests = group(40, 2, 8)
-    served.ask("begin_update")
+    served.ask("begin_update", 1)
     started = served.start(requests)
     served.ask("abort_update")
     assert_right(weights, requests, started.result(60), {served.version})
@@ -289,7 +289,7 @@ def test_an_update_cut_short_is_never_served(served: Served, transport: Broadcas
     assert len(living(leader)) >= 5  # two guards, the web server, a scheduler, a detokenizer
     started = served.start(requests)
     writing(served, 4)
-    served.ask("begin_update")
+    servers = [served.ask("begin_update", 1)]
 
     def cut() -> Iterator[tuple[str, torch.Tensor]]:
         for i, pair in enumerate(weights.tensors(served.version + 1)):
@@ -298,7 +298,7 @@ def test_an_update_cut_short_is_never_served(served: Served, transport: Broadcas
             yield pair
 
     with pytest.raises(ConnectionError, match="the rank is gone"):
-        transport.send(cut(), verify=False)
+        transport.send(cut(), verify=False, servers=servers)
     assert served.worker.engine._update.loads, "some weights had been overwritten"
     served.ask("abort_update")
     with pytest.raises(EngineError, match="was cut short; its successor serves nothing until whole weights arrive"):
@@ -315,10 +315,10 @@ def test_what_the_server_cannot_load_is_told_in_its_last_words(
 ) -> None:
     """What Miles has SGLang call raises, and that ends the scheduler."""
     restarts = served.ask("health")["restarts"]
-    served.ask("begin_update")
+    servers = [served.ask("begin_update", 1)]
     odd = ((name, t[:64].clone() if name == "model.norm.weight" else t) for name, t in weights.tensors(0))
     with pytest.raises(TransportError, match=r"engine-0 did not load model(?s:.)*weights were not loaded, at bucket"):
-        transport.send(odd, verify=False)
+        transport.send(odd, verify=False, servers=servers)
     served.ask("abort_update")
     push(served, transport, weights, served.version + 1)
     assert_right(weights, group(60, 2, 8), served.generate(group(60, 2, 8)), {served.version})
@@ -329,10 +329,12 @@ def test_what_is_not_the_model_on_disk_is_not_served_as_version_0(
     served: Served, transport: BroadcastTransport, weights: Weights
 ) -> None:
     count, spoiled = len(served.ask("checksums")), "model.layers.1.mlp.down_proj.weight"
-    served.ask("begin_update")
-    transport.send(((name, t + 1 if name == spoiled else t) for name, t in weights.tensors(0)), verify=True)
+    servers = [served.ask("begin_update", 0)]
+    transport.send(
+        ((name, t + 1 if name == spoiled else t) for name, t in weights.tensors(0)), verify=True, servers=servers
+    )
     with pytest.raises(TransportError, match=f"1 of {count} tensors are not what .* such as 0/{spoiled}"):
-        served.ask("end_update", 0)
+        served.ask("end_update")
     served.ask("abort_update")
     with pytest.raises(EngineError, match="an update of its weights was cut short"):
         served.ask("address")

@@ -39,10 +39,10 @@ def bucket_of(tensors: dict[str, torch.Tensor], verify: bool = False) -> Iterato
 
 
 async def update(engine: LocalEngine, tensors: dict[str, torch.Tensor], version: int) -> dict[str, int]:
-    await engine.begin_update()
+    await engine.begin_update(version)
     with bucket_of(tensors, verify=True) as bucket:
         checksums = await engine.load(bucket)
-    assert 0 <= await engine.end_update(version) <= 1
+    assert 0 <= await engine.end_update() <= 1
     return checksums
 
 
@@ -56,10 +56,10 @@ def test_an_update_tells_in_what_share_of_the_time_before_it_tokens_were_written
         while (busy := time.monotonic() - began) < 1.0:
             await engine.generate(REQUESTS)
         await asyncio.sleep(idle)
-        await engine.begin_update()
+        await engine.begin_update(version)
         with bucket_of(tensors) as bucket:
             await engine.load(bucket)
-        told = await engine.end_update(version)
+        told = await engine.end_update()
         return told, busy / (time.monotonic() - began)
 
     async def go() -> None:
@@ -167,9 +167,9 @@ def test_the_shared_memory_transport_moves_a_whole_model(pair: tuple[Any, Any], 
     engine = engine_of(old)
     sender = SharedMemoryTransport(bucket_bytes, timeout_s=10.0)
     sender.connect([InProcess(engine)], Layout(0, 1, 0, 1, True, True))
-    asyncio.run(engine.begin_update())
-    sender.send(iter(new.parameters().items()), verify=True)
-    asyncio.run(engine.end_update(1))
+    asyncio.run(engine.begin_update(1))
+    sender.send(iter(new.parameters().items()), verify=True, servers=[""])
+    asyncio.run(engine.end_update())
     sender.close()
     assert asyncio.run(engine.generate(REQUESTS))[0].tokens == asyncio.run(engine_of(new).generate(REQUESTS))[0].tokens
     for name, tensor in new.parameters().items():
@@ -185,7 +185,7 @@ def test_nothing_is_served_between_begin_and_end(pair: tuple[Any, Any]) -> None:
     async def go() -> None:
         running = asyncio.ensure_future(engine.generate(REQUESTS))
         await asyncio.sleep(0)
-        await engine.begin_update()
+        await engine.begin_update(1)
         written = engine._batch.generated
         asked = asyncio.ensure_future(engine.generate(REQUESTS))
         await asyncio.sleep(0.05)
@@ -236,16 +236,16 @@ def test_half_an_update_is_never_served(pair: tuple[Any, Any]) -> None:
     async def go() -> Any:
         running = asyncio.ensure_future(engine.generate(REQUESTS))
         await asyncio.sleep(0)
-        await engine.begin_update()
+        await engine.begin_update(1)
         with bucket_of(first) as bucket:
             await engine.load(bucket)
         with pytest.raises(TransportError, match=r"of \d+ tensors \d+ did not arrive, such as model\."):
-            await engine.end_update(1)
+            await engine.end_update()
         await engine.abort_update()
         for call in (running, engine.generate(REQUESTS)):
             with pytest.raises(EngineError, match="cut short"):
                 await call
-        await engine.begin_update()  # an update that brings nothing does not mend it either
+        await engine.begin_update(1)  # an update that brings nothing does not mend it either
         await engine.abort_update()
         with pytest.raises(EngineError, match="cut short"):
             await engine.generate(REQUESTS)
@@ -259,11 +259,11 @@ def test_a_tensor_that_comes_twice_is_refused(pair: tuple[Any, Any]) -> None:
     engine, tensors = engine_of(pair[0]), pair[1].parameters()
 
     async def go() -> None:
-        await engine.begin_update()
+        await engine.begin_update(1)
         for part in (tensors, {"model.norm.weight": tensors["model.norm.weight"]}):
             with bucket_of(part) as bucket:
                 await engine.load(bucket)
-        await engine.end_update(1)
+        await engine.end_update()
 
     with pytest.raises(TransportError, match="1 arrived more than once, such as model.norm.weight"):
         asyncio.run(go())
@@ -276,12 +276,12 @@ def test_an_update_ends_only_when_each_tensor_arrived_once(tiny: Any, arrivals: 
     parts = [dict(parameters[i::6]) for i in range(6)]
 
     async def go() -> None:
-        await engine.begin_update()
+        await engine.begin_update(1)
         for times, part in zip(arrivals, parts, strict=True):
             with bucket_of(part) as bucket:
                 for _ in range(times):
                     await engine.load(bucket)
-        await engine.end_update(1)
+        await engine.end_update()
 
     if arrivals == [1] * 6:
         asyncio.run(go())
@@ -303,7 +303,7 @@ def test_tensors_of_another_model_are_refused(
     engine = engine_of(pair[0])
 
     async def go() -> None:
-        await engine.begin_update()
+        await engine.begin_update(1)
         with bucket_of({name: torch.zeros(shape)}) as bucket:
             await engine.load(bucket)
 
@@ -316,14 +316,14 @@ def test_weights_outside_an_update_are_refused(pair: tuple[Any, Any]) -> None:
     with bucket_of(pair[1].parameters()) as bucket, pytest.raises(TransportError, match="begin_update first"):
         asyncio.run(engine.load(bucket))
     with pytest.raises(TransportError, match="without begin_update"):
-        asyncio.run(engine.end_update(1))
+        asyncio.run(engine.end_update())
 
 
 def test_a_segment_that_is_gone_is_named(pair: tuple[Any, Any]) -> None:
     engine = engine_of(pair[0])
 
     async def go() -> None:
-        await engine.begin_update()
+        await engine.begin_update(1)
         await engine.load(Bucket("/proc/0/fd/3", ()))
 
     with pytest.raises(TransportError, match="/proc/0/fd/3: No such file or directory; its sender is gone"):

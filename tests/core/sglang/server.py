@@ -148,8 +148,11 @@ class Server:
             await asyncio.sleep(0.005)
         weights = await self.arrived(body)
         success, message = self.scheduler.load(weights, body, self.faults.pop("fail_load", None))
-        if success and body.get("weight_version") is not None:
-            self.version = body["weight_version"]
+        named = body.get("weight_version")
+        if success and named not in (None, self.version):
+            if self.sessions:
+                self.scheduler.note_version(self.version)
+            self.version = named
         soft = "soft" in self.faults
         return 200 if success or soft else 400, {"success": success, "message": message}
 

@@ -88,10 +88,10 @@ def weights(**values: int) -> wire.Tensors:
 
 
 async def push(worker: InProcess, version: int) -> None:
-    await worker.engine.begin_update()
+    await worker.engine.begin_update(version)
     await worker.engine.load(weights(a=version))
     await worker.engine.load(weights(b=version))
-    await worker.engine.end_update(version)
+    await worker.engine.end_update()
 
 
 def group(g: int, n: int, tokens: int = 6, **options: Any) -> list[Request]:

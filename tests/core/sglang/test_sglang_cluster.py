@@ -59,21 +59,21 @@ def test_engines_of_a_cluster(cluster: RayCluster, tmp_path: Path) -> None:
                     assert_whole(request, completion, [version] * 30)
 
         await check(0)
-        await everyone(workers, "begin_update")
+        await everyone(workers, "begin_update", 2)
         await everyone(workers, "load", weights(a=2, b=2))
-        await everyone(workers, "end_update", 2)
+        await everyone(workers, "end_update")
         await check(2)
         assert len(servers() - before) == 2
         assert "The server is fired up" in (tmp_path / "logs" / "engine-0.log").read_text()
         # Errors arrive as what they are.
         with pytest.raises(TransportError, match="end_update without begin_update"):
-            await workers[0].call("end_update", 3)
+            await workers[0].call("end_update")
         await workers[0].kill()  # its process, with SIGKILL
         async with asyncio.timeout(5):
             while len(servers() - before) > 1:
                 await asyncio.sleep(0.02)
         await check(2)
-        await workers[1].call("begin_update")
+        await workers[1].call("begin_update", 1)
         await workers[1].call("load", weights(a=3))
         await workers[1].call("abort_update")
         with pytest.raises(EngineError, match="was cut short; its successor serves nothing until whole weights arrive"):

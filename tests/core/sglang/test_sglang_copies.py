@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miles_core.edges.sglang.bucket import Flat, Lone, buckets
+from miles_core.edges.sglang.bucket import Flat, buckets
 from miles_core.edges.sglang.receive import Receiver, Sending, Slot, note
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -83,26 +82,29 @@ class Handed(Receiver):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self._notes = dist.HashStore()  # type: ignore[assignment]
         self.sent: list[Tensor] = []
         self.updates = 0
 
     def update(self, model: nn.Module, tensors: dict[str, Tensor], bucket_bytes: int) -> None:
         self.updates += 1
         sending = Sending("some", "", 0, self.updates, bucket_bytes, 5.0)
-        flats = Flat(bucket_bytes), Flat(bucket_bytes)
-        number = 0
-        for number, bucket in enumerate(buckets(iter(tensors.items()), flats), 1):
-            assert isinstance(bucket, Flat | Lone)
+        notes = []
+        for bucket in buckets(iter(tensors.items()), (Flat(bucket_bytes), Flat(bucket_bytes))):
             self.sent.append(bucket.tensor.clone())
-            self._notes.set(sending.key(number - 1), note(bucket.places))
-        self._notes.set(sending.key(number), note([]))
-        self.load(model, None, sending)  # type: ignore[arg-type]
+            notes.append(note(bucket.places).encode())
+
+        def arrive() -> None:
+            for number, told in enumerate([*notes, note([]).encode()]):
+                self.take(None, sending, self.updates, number, told)  # type: ignore[arg-type]
+
+        thread = threading.Thread(target=arrive, daemon=True)
+        thread.start()
+        self.load(model, sending)
+        thread.join(5)
         assert not self.sent
 
-    def _receive(self, group: Any, slot: Slot, size: int) -> Tensor:
-        assert slot.buffer is not None
-        return slot.buffer[:size].copy_(self.sent.pop(0))
+    def _receive(self, group: Any, slot: Slot, flat: Tensor) -> None:
+        flat.copy_(self.sent.pop(0))
 
 
 @pytest.fixture
@@ -138,19 +140,18 @@ def test_a_model_is_asked_once(bucket_bytes: int, order: Any) -> None:
 
 
 def test_of_what_is_larger_than_a_bucket_no_memory_is_kept(receiver: Handed) -> None:
-    kept = Slot.hold
-    storages = []
+    receive, storages = receiver._receive, []
 
-    def hold(slot: Slot, size: int, device: torch.device) -> None:
-        kept(slot, size, device)
-        if size > 100 and slot.buffer is not None:
-            storages.append(StorageWeakRef(slot.buffer.untyped_storage()))
+    def seen(group: Any, slot: Slot, flat: Tensor) -> None:
+        if slot.once:
+            assert len(flat) > 100
+            storages.append(StorageWeakRef(flat.untyped_storage()))
+        receive(group, slot, flat)
 
     model = Model()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Slot, "hold", hold)
-        for version in range(3):
-            receiver.update(model, weights(version), 100)
+    receiver._receive = seen  # type: ignore[method-assign]
+    for version in range(3):
+        receiver.update(model, weights(version), 100)
     assert right(model, weights(2)) and model.asked == 1
     assert len(storages) > 6 and all(storage.expired() for storage in storages)
 

@@ -76,9 +76,9 @@ def test_a_server_comes_up_and_is_known(dialect: str) -> None:
 def test_a_server_that_dies_while_it_starts_says_why() -> None:
     async def go() -> None:
         async with engines("0.5.16", "--die") as [worker]:
-            for method in ("begin_update", "pause", "checksums"):
+            for call in (worker.engine.begin_update(1), worker.engine.pause(), worker.engine.checksums()):
                 with pytest.raises(EngineError, match="ended while it was starting") as error:
-                    await getattr(worker.engine, method)()
+                    await call
                 assert "RuntimeError: no kernel image is available" in str(error.value)
                 assert "the server ended with status 1" in str(error.value)
             assert "no kernel image" in (await worker.engine.health())["refuses"]
@@ -192,7 +192,7 @@ def test_an_update_of_a_server_that_just_died_goes_to_its_successor(dialect: str
             await push(worker, 1)
             kill_server(await live(worker))
             with suppress(EngineError):
-                await worker.engine.begin_update()
+                await worker.engine.begin_update(1)
             await push(worker, 2)
             assert worker.engine._restarts == 1 and (await worker.engine.health())["version"] == 2
 
@@ -233,7 +233,7 @@ def test_a_server_that_hangs_is_replaced() -> None:
 def test_a_scheduler_may_be_silent_while_it_takes_weights() -> None:
     async def go() -> None:
         async with engines("0.5.23", hang_s=0.2) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             await fault(worker, hang=True)
             await asyncio.sleep(2.5)
             assert not worker.engine._restarts

@@ -16,10 +16,10 @@ def test_version_0_must_be_the_model_on_disk(dialect: str) -> None:
         async with engines(dialect) as [worker]:
             await worker.engine.ready()
             await push(worker, 0)
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(0)
             await worker.engine.load(weights(a=0, b=1))
             with pytest.raises(TransportError, match=r"1 of 2 tensors are not what the server read.*such as 0/b"):
-                await worker.engine.end_update(0)
+                await worker.engine.end_update()
             await worker.engine.abort_update()
             assert worker.engine._restarts == 1
 
@@ -27,12 +27,12 @@ def test_version_0_must_be_the_model_on_disk(dialect: str) -> None:
 
 
 async def proved(worker: InProcess, version: int, *buckets: wire.Tensors) -> None:
-    await worker.engine.begin_update()
+    await worker.engine.begin_update(version)
     await worker.engine.prove()
     for bucket in buckets:
         await worker.engine.prove()  # another rank that sends asks for it too
         await worker.engine.load(bucket)
-    await worker.engine.end_update(version)
+    await worker.engine.end_update()
 
 
 @pytest.mark.parametrize("version", [0, 7])

@@ -89,7 +89,7 @@ def test_every_tensor_arrives_again_and_again(transport: Any) -> None:
         sent = tensors(seed=seed)
         for got in engine.got:
             got.clear()
-        told = transport.send(iter(sent.items()), False)
+        told = transport.send(iter(sent.items()), False, [""])
         assert told == {"bytes": sum(x.nbytes for x in sent.values()), "tensors": len(sent)}
         assert_arrived(engine, sent)
     assert engine.loads > 6 if isinstance(transport, HandleTransport) else engine.loads == 3  # one is all buckets
@@ -101,12 +101,12 @@ def test_a_buffer_has_one_handle_for_all_updates(sglang: None) -> None:
     transport.connect([engine], LAYOUT)
     made = 0
     for seed in range(3):
-        transport.send(iter(tensors(seed=seed).items()), False)
+        transport.send(iter(tensors(seed=seed).items()), False, [""])
         assert_arrived(engine, tensors(seed=seed))
         made = made if seed else len(HANDLES)
     assert len(HANDLES) == made > 3
     others = tensors(9, seed=3)  # another layout of the same buffers
-    transport.send(iter(others.items()), False)
+    transport.send(iter(others.items()), False, [""])
     assert len(HANDLES) > made
     assert_arrived(engine, others)
     transport.close()
@@ -124,7 +124,7 @@ def test_what_arrives_is_proved_when_that_is_asked_for_and_now_and_then(
         transport = BroadcastTransport(1, 8192, 20, every)
     transport.connect([engine], LAYOUT)
     for update in range(6):
-        transport.send(iter(tensors().items()), update in (0, 4))
+        transport.send(iter(tensors().items()), update in (0, 4), [""])
     assert engine.proved == proved and engine.loads == 6
     transport.close()
 
@@ -134,7 +134,7 @@ def test_the_trainer_s_end_of_a_gpu_hears_whether_the_engine_keeps_its_memory(sg
     engine, transport = Engine("engine-0"), HandleTransport(1, 120, 20)
     transport.connect([engine], LAYOUT)
     for engine.stays in (True, False):
-        transport.send(iter(tensors().items()), False)
+        transport.send(iter(tensors().items()), False, [""])
         assert HERE.stays is engine.stays and engine.rooms.pop() < 0
     transport.close()
 
@@ -144,9 +144,9 @@ def test_what_an_engine_refuses_names_it_and_the_tensors(transport: Any) -> None
     transport.connect([engine], LAYOUT)
     engine.error = WorkerDied("engine-0 died during load")
     with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*died during load"):
-        transport.send(iter(tensors().items()), False)
+        transport.send(iter(tensors().items()), False, [""])
     engine.error = None
-    transport.send(iter(tensors().items()), False)
+    transport.send(iter(tensors().items()), False, [""])
     assert_arrived(engine, tensors())
 
 
@@ -165,7 +165,7 @@ def test_the_next_bucket_is_handed_over_while_one_is_loaded(sglang: None) -> Non
 
     slow.load = take
     transport.connect([engine], LAYOUT)
-    transport.send(iter(tensors().items()), False)
+    transport.send(iter(tensors().items()), False, [""])
     assert engine.loads > 2
     assert_arrived(engine, tensors())
     transport.close()
@@ -187,10 +187,10 @@ def test_of_several_buckets_that_fail_the_first_is_told(sglang: None) -> None:
     failed.load = fail
     transport.connect([engine], LAYOUT)
     with pytest.raises(TransportError, match=r"engine-0 did not load layers\.0\.weight.*no such parameter"):
-        transport.send(iter(tensors().items()), False)
+        transport.send(iter(tensors().items()), False, [""])
     assert engine.loads == 2  # those that were under way, and no other is sent
     del failed.load
-    transport.send(iter(tensors().items()), False)
+    transport.send(iter(tensors().items()), False, [""])
     assert_arrived(engine, tensors())
     transport.close()
 
@@ -199,7 +199,7 @@ def test_a_broadcast_reaches_every_rank_of_every_engine(sglang: None) -> None:
     engines = [Engine("engine-0", 2), Engine("engine-1", 2)]
     transport = BroadcastTransport(2, 120, 20)
     transport.connect(engines, LAYOUT)
-    transport.send(iter(tensors().items()), False)
+    transport.send(iter(tensors().items()), False, ["a", "b"])
     for engine in engines:
         assert_arrived(engine, tensors())
     transport.close()
@@ -209,10 +209,10 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
     engines = [Engine("engine-0"), Engine("engine-1")]
     transport = BroadcastTransport(1, 120, 20)
     transport.connect(engines, LAYOUT)
-    transport.send(iter(tensors().items()), False)
+    transport.send(iter(tensors().items()), False, ["a", "b"])
     [first] = engines[0].groups
     engines[1].groups.clear()  # its server was replaced
-    transport.send(iter(tensors(seed=1).items()), False)
+    transport.send(iter(tensors(seed=1).items()), False, ["a", "c"])
     for engine in engines:
         assert_arrived(engine, tensors(seed=1))
     assert list(engines[0].groups) == list(engines[1].groups) != [first] and len(engines[0].groups) == 1
@@ -223,7 +223,7 @@ def test_a_rank_that_is_given_nothing_sends_nothing(sglang: None) -> None:
     engine = Engine("engine-0")
     transport = BroadcastTransport(1, 120, 20)
     transport.connect([engine], LAYOUT)
-    assert transport.send(iter(()), False) == {"bytes": 0, "tensors": 0}
+    assert transport.send(iter(()), False, [""]) == {"bytes": 0, "tensors": 0}
     assert not engine.groups and not engine.loads
     transport.close()
 
@@ -238,7 +238,7 @@ def test_two_senders_and_two_engines_do_not_wait_for_each_other(sglang: None) ->
         layout = Layout(rank=rank, world=2, dp_rank=0, dp_size=1, last_stage=rank == 1, reports=rank == 1)
         ranks[rank].connect(list(engines), layout)
         time.sleep(0.1 * rank)  # engine-0 hears of rank 0 first
-        return ranks[rank].send(iter(sent[rank].items()), False)
+        return ranks[rank].send(iter(sent[rank].items()), False, ["a", "b"])
 
     with ThreadPoolExecutor(2) as pool:
         told = [each.result(timeout=40) for each in [pool.submit(send, rank) for rank in range(2)]]

@@ -21,11 +21,12 @@ def test_in_turns_the_memory_is_the_trainers_from_sleep_to_the_first_bucket(dial
             assert await worker.engine.ready() == f"SGLang {dialect}"
             for version in (1, 2):
                 before = len(await calls(worker))
-                assert await asyncio.gather(worker.engine.sleep(), worker.engine.begin_update()) == [True, False]
+                began, _ = await asyncio.gather(worker.engine.sleep(), worker.engine.begin_update(version))
+                assert began
                 released = await calls(worker)
                 assert released[before:] == [*stops, "/flush_cache", "/release_memory_occupation"]
                 await asyncio.gather(worker.engine.load(weights(a=version)), worker.engine.load(weights(b=version)))
-                await worker.engine.end_update(version)
+                await worker.engine.end_update()
                 assert (await calls(worker))[len(released) :] == [
                     "/resume_memory_occupation",
                     *opened,
@@ -33,7 +34,6 @@ def test_in_turns_the_memory_is_the_trainers_from_sleep_to_the_first_bucket(dial
                     "/update_weights_from_tensor",
                     *closed,
                     "/resume_memory_occupation",
-                    "/update_weight_version",
                     "/continue_generation",
                 ]
                 [request] = group(version, 1)
@@ -66,17 +66,17 @@ def test_in_turns_memory_is_kept_where_both_fit(dialect: str) -> None:
                 if not sleeps:  # it goes on serving while ranks train
                     assert not asked
                     assert_whole(request, (await client.generate([request]))[0], [version - 1] * 6)
-                assert await worker.engine.begin_update() is not sleeps
+                await worker.engine.begin_update(version)
                 begun = (await calls(worker))[before:]
                 assert begun.count("/flush_cache") == sleeps  # else the first bucket has it forget
                 room, stays = rooms.get(version, (0, True))
                 told, _ = await asyncio.gather(worker.engine.stay(room), worker.engine.load(weights(a=version)))
                 assert told is stays
                 await worker.engine.load(weights(b=version))
-                await worker.engine.end_update(version)
+                await worker.engine.end_update()
                 asked = (await calls(worker))[before:]
                 assert [path in asked for path in MEMORY] == [sleeps, sleeps] and asked.count("/flush_cache") == sleeps
-                assert asked[-2:] == ["/update_weight_version", "/continue_generation"]
+                assert asked[-1] == "/continue_generation"
                 assert_whole(request, (await client.generate([request]))[0], [version] * 6)
 
     asyncio.run(go())
@@ -89,7 +89,7 @@ def test_memory_is_not_kept_where_that_was_not_allowed_or_nothing_is_known_or_no
     async def go() -> None:
         more: dict[str, Any] = {key: value for key, value in options.items() if key != "silent"}
         async with engines(dialect, *(() if "silent" in options else ("--cache-gib", "6")), **more) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             assert await worker.engine.stay(2**40) is False
 
     asyncio.run(go())
@@ -98,7 +98,7 @@ def test_memory_is_not_kept_where_that_was_not_allowed_or_nothing_is_known_or_no
 def test_in_turns_a_server_without_its_weights_is_replaced(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect, turns=True) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             await worker.engine.abort_update()
             assert worker.engine._restarts == 1
             await worker.engine.ready()

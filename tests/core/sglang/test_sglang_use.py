@@ -18,12 +18,12 @@ def test_an_update_tells_in_what_share_of_the_time_before_it_requests_were_runni
             await push(worker, 1)
             await SGLangClient([worker], 30).generate(group(0, 1, tokens=150))
             await until(lambda: not worker.engine._use._running)
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(2)
             await worker.engine.load(weights(a=2, b=2))
-            assert 0.1 < await worker.engine.end_update(2) < 0.99
-            await worker.engine.begin_update()
+            assert 0.1 < await worker.engine.end_update() < 0.99
+            await worker.engine.begin_update(3)
             await worker.engine.load(weights(a=3, b=3))
-            assert await worker.engine.end_update(3) == 0.0
+            assert await worker.engine.end_update() == 0.0
 
     asyncio.run(go())
 

@@ -44,7 +44,6 @@ def test_an_update_is_one_version_and_nothing_in_between(dialect: str) -> None:
                 "/update_weights_from_tensor",
                 "/update_weights_from_tensor",
                 *closed,
-                "/update_weight_version",
                 "/continue_generation",
             ]
             [request] = group(0, 1)
@@ -63,14 +62,14 @@ def test_requests_in_flight_go_on_with_the_new_weights(dialect: str, mode: str) 
             client, requests = SGLangClient([worker], 10), group(0, 3, tokens=LONG) + group(1, 2, tokens=LONG)
             asking = asyncio.ensure_future(client.generate(requests))
             await running(worker, 5)
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(4)
             assert "an abort that looks again in a second" not in await calls(worker)
             late = asyncio.ensure_future(client.generate(group(2, 1)))
             await worker.engine.load(weights(a=4))
             await asyncio.sleep(0.05)
             assert not asking.done() and not late.done()
             await worker.engine.load(weights(b=4))
-            await worker.engine.end_update(4)
+            await worker.engine.end_update()
             for request, completion in zip(requests, await asking, strict=True):
                 assert_whole(request, completion)
                 assert completion.finish == "length" and set(completion.versions) == {0, 4}
@@ -110,10 +109,10 @@ def test_a_request_that_slips_past_the_last_look_goes_on_with_the_new_weights(
                 return await repeat(path, body, timeout)
 
             monkeypatch.setattr((await live(worker)).call, "repeat", slips)
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(3)
             assert "an abort that looks again in a second" not in await calls(worker)
             await worker.engine.load(both(3))
-            await worker.engine.end_update(3)
+            await worker.engine.end_update()
             for request, completion in zip(group(0, n, tokens=LONG), await late[0], strict=True):
                 assert_whole(request, completion)
                 assert set(completion.versions) == {0, 3} and len(completion.tokens) == LONG
@@ -149,7 +148,7 @@ def test_a_failed_update_is_never_served(dialect: str, faults: dict[str, Any]) -
             client, request = SGLangClient([worker], 10), group(0, 1)[0]
             await client.generate([request])
             first = await worker.engine.address()
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             await fault(worker, **faults)
             waiting = asyncio.ensure_future(client.generate([request]))  # in the server, behind the update
             await asyncio.sleep(0.05)
@@ -171,7 +170,7 @@ def test_a_failed_update_is_never_served(dialect: str, faults: dict[str, Any]) -
 def test_a_cut_update_of_the_first_weights_is_not_served_as_version_0_either(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             await worker.engine.load(weights(a=1))
             await worker.engine.abort_update()
             await live(worker)
@@ -186,7 +185,7 @@ def test_an_update_that_changed_nothing_costs_no_restart(dialect: str) -> None:
         async with engines(dialect) as [worker]:
             client, request = SGLangClient([worker], 10), group(0, 1)[0]
             await live(worker)
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             asking = asyncio.ensure_future(client.generate([request]))
             await asyncio.sleep(0.1)
             await worker.engine.abort_update()
@@ -202,10 +201,10 @@ def test_an_update_that_changed_nothing_costs_no_restart(dialect: str) -> None:
 def test_buckets_given_at_once_are_loaded_one_by_one_in_their_order(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(2)
             values = [9, 3, 8, 1, 7, 2]  # the last one counts
             await asyncio.gather(*(worker.engine.load(both(value)) for value in values))
-            await worker.engine.end_update(2)
+            await worker.engine.end_update()
             assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [2] * 6)
             assert set((await worker.engine.checksums()).values()) == {f"{2:016x}"}
 
@@ -215,7 +214,7 @@ def test_buckets_given_at_once_are_loaded_one_by_one_in_their_order(dialect: str
 def test_a_bucket_that_waited_for_one_that_failed_is_in_no_later_update(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             await fault(worker, fail_load="die")
             loads = [asyncio.ensure_future(worker.engine.load(weights(a=version))) for version in (1, 2)]
             with pytest.raises(TransportError, match="did not load a bucket: /update_weights_from_tensor"):
@@ -232,7 +231,7 @@ def test_a_bucket_that_waited_for_one_that_failed_is_in_no_later_update(dialect:
 def test_an_update_may_begin_twice(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             await worker.engine.load(weights(a=1))
             await push(worker, 2)
             assert_whole(group(0, 1)[0], (await SGLangClient([worker], 10).generate(group(0, 1)))[0], [2] * 6)
@@ -243,7 +242,7 @@ def test_an_update_may_begin_twice(dialect: str) -> None:
 def test_a_server_that_dies_in_an_update_is_replaced_once(dialect: str) -> None:
     async def go() -> None:
         async with engines(dialect) as [worker]:
-            await worker.engine.begin_update()
+            await worker.engine.begin_update(1)
             (await live(worker)).process.stop()
             await until(lambda: worker.engine._restarts)
             with pytest.raises(TransportError, match="the server was replaced in the middle of the update"):
@@ -261,10 +260,10 @@ def test_calls_out_of_order_are_refused(dialect: str) -> None:
             with pytest.raises(TransportError, match="weights arrived outside an update; call begin_update first"):
                 await worker.engine.load(both(1))
             with pytest.raises(TransportError, match="end_update without begin_update"):
-                await worker.engine.end_update(1)
-            await worker.engine.begin_update()
+                await worker.engine.end_update()
+            await worker.engine.begin_update(1)
             with pytest.raises(TransportError, match="no weights arrived"):
-                await worker.engine.end_update(1)
+                await worker.engine.end_update()
 
     asyncio.run(go())
 

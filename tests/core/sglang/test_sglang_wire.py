@@ -11,19 +11,20 @@ from miles_core.edges.sglang import wire
 
 def test_a_bucket_flushes_the_cache_only_when_told() -> None:
     """It does by default, for every bucket."""
-    path, body = wire.update(wire.Tensors(("AAAA", "BBBB"), "flattened_bucket"))
+    path, body = wire.update(wire.Tensors(("AAAA", "BBBB"), "flattened_bucket"), "3@m")
     assert path == "/update_weights_from_tensor"
     assert body == {
         "serialized_named_tensors": ["AAAA", "BBBB"],
         "load_format": "flattened_bucket",
         "flush_cache": False,
+        "weight_version": "3@m",
     }
-    _, told = wire.update(wire.Tensors(("AAAA",), "flattened_bucket"), flush=True)
+    _, told = wire.update(wire.Tensors(("AAAA",), "flattened_bucket"), "3@m", flush=True)
     assert told["flush_cache"] is True
 
 
 def test_what_is_broadcast_is_received_once_and_not_again_for_a_draft_model() -> None:
-    path, body = wire.update(wire.Tensors(("AAAA",), wire.RECEIVE))
+    path, body = wire.update(wire.Tensors(("AAAA",), wire.RECEIVE), "3@m")
     assert path == "/update_weights_from_tensor"
     assert body == {
         "serialized_named_tensors": ["AAAA"],
@@ -31,6 +32,7 @@ def test_what_is_broadcast_is_received_once_and_not_again_for_a_draft_model() ->
         "selector": "target",
         "disable_draft_model": True,
         "flush_cache": False,
+        "weight_version": "3@m",
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from miles_core.edges.sglang import wire
-from miles_core.edges.sglang.receive import Receiver, Sending
+from miles_core.edges.sglang.receive import Sending, receiver_of
 from miles_core.types import Layout
 
 LAYOUT = Layout(rank=0, world=1, dp_rank=0, dp_size=1, last_stage=True, reports=True)
@@ -118,9 +118,6 @@ class Engine:
         self.rooms.append(room)
         return self.stays
 
-    def member(self, name: str) -> bool:
-        return name in self.groups
-
     def join(self, address: str, port: int, offset: int, world: int, name: str) -> None:
         from datetime import timedelta
 
@@ -156,7 +153,8 @@ class Engine:
         """What ``receive.receive`` does, with the group at hand: in one process no two may have the same name."""
         [(told, empty)] = pickle.loads(base64.b64decode(payload))
         sending = Sending(**json.loads(told))
-        Receiver(empty.device).load(Model(self.got[rank]), self.groups[sending.group][rank], sending)
+        receiver = receiver_of(self.groups[sending.group][rank], sending, empty.device)
+        receiver.load(Model(self.got[rank]), sending)
 
 
 class Model(torch.nn.Module):

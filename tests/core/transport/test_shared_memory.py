@@ -102,7 +102,7 @@ def some_tensors(sizes: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 def test_what_is_sent_arrives(sizes: list[int], bucket: int, verify: bool) -> None:
     engines, tensors = [Receiver("engine-0"), Receiver("engine-1")], some_tensors(sizes)
     sender = connected(engines, bucket)
-    metrics = sender.send(iter(tensors.items()), verify)
+    metrics = sender.send(iter(tensors.items()), verify, servers=[""])
     sender.close()
     assert metrics == {"bytes": float(sum(t.nbytes for t in tensors.values())), "tensors": float(len(sizes))}
     for engine in engines:
@@ -115,7 +115,7 @@ def test_two_segments_serve_every_update(monkeypatch: pytest.MonkeyPatch) -> Non
     sender = connected([engine])
     for _ in range(3):
         engine.tensors.clear()
-        sender.send(iter(some_tensors([700] * 9).items()), verify=True)
+        sender.send(iter(some_tensors([700] * 9).items()), verify=True, servers=[""])
     assert len(engine.buckets) >= 12
     assert len({bucket.segment for bucket in engine.buckets}) == 2
     sender.close()
@@ -125,7 +125,7 @@ def test_two_segments_serve_every_update(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_tensor_larger_than_a_bucket_gets_its_own() -> None:
     engine, tensors = Receiver("engine-0"), some_tensors([10, 50_000, 10])
     sender = connected([engine])
-    sender.send(iter(tensors.items()), verify=True)
+    sender.send(iter(tensors.items()), verify=True, servers=[""])
     assert [[piece.name for piece in bucket.pieces] for bucket in engine.buckets] == [["w1"], ["w0", "w2"]]
     assert torch.equal(engine.tensors["w1"], tensors["w1"])
     assert len([text for text in segments() if "rw-s" in text]) == 1  # the bucket is kept, the large one is gone
@@ -142,7 +142,7 @@ def test_strided_tensors_and_reused_storage() -> None:
             yield f"t{i}", buffer.t()[::2]
 
     sender = connected([engine], 300)
-    sender.send(exported(), verify=True)
+    sender.send(exported(), verify=True, servers=[""])
     sender.close()
     for i in range(5):
         assert torch.equal(engine.tensors[f"t{i}"], (torch.arange(48.0).view(8, 6) + i).t()[::2])
@@ -159,7 +159,7 @@ def test_one_bucket_is_filled_while_the_other_is_loaded() -> None:
             yield name, tensor
 
     sender = connected([engine], 4096)
-    sender.send(exported(), verify=False)
+    sender.send(exported(), verify=False, servers=[""])
     sender.close()
     assert max(seen) == 1
 
@@ -169,10 +169,10 @@ def test_a_damaged_tensor_is_named_with_its_engine() -> None:
     engines[1].damage = "w3"
     sender = connected(engines)
     with pytest.raises(TransportError, match="w3 did not arrive in engine-1 as it was sent: crc32 [0-9a-f]{8}, sent"):
-        sender.send(iter(some_tensors([100] * 8).items()), verify=True)
+        sender.send(iter(some_tensors([100] * 8).items()), verify=True, servers=[""])
     engines = [Receiver("engine-0")]  # the next update is not spoiled by the last one
     sender.connect(engines, LAYOUT)
-    sender.send(iter(some_tensors([100] * 8).items()), verify=True)
+    sender.send(iter(some_tensors([100] * 8).items()), verify=True, servers=[""])
     assert len(engines[0].tensors) == 8
     sender.close()
 
@@ -183,7 +183,7 @@ def test_an_engine_that_fails_is_named_and_nobody_reads_afterwards(error: Except
     engines[1].error, engines[0].delay = error, 0.2
     sender = connected(engines)
     with pytest.raises(TransportError, match=f"engine-1 did not load w0 .* {type(error).__name__}: {error}"):
-        sender.send(iter(some_tensors([600] * 6).items()), verify=False)
+        sender.send(iter(some_tensors([600] * 6).items()), verify=False, servers=[""])
     assert engines[0].loading == 0
     assert not engines[0].error and len(engines[0].tensors) >= 1
     sender.close()
@@ -196,7 +196,7 @@ def test_an_exporter_that_raises_leaves_nothing() -> None:
 
     sender = connected([Receiver("engine-0")])
     with pytest.raises(RuntimeError, match="no weights"):
-        sender.send(exported(), verify=False)
+        sender.send(exported(), verify=False, servers=[""])
     assert not segments()
     sender.close()
 
@@ -234,7 +234,7 @@ SENDER = """
             return {}
     sender = SharedMemoryTransport(4096, 10.0)
     sender.connect([Slow()], Layout(0, 1, 0, 1, True, True))
-    sender.send(iter([("w", torch.ones(4))]), False)
+    sender.send(iter([("w", torch.ones(4))]), False, servers=[""])
 """
 
 

@@ -304,16 +304,18 @@ class Engines:
 class Transport(Protocol):
     """Moves one version of the weights out of a training rank, a bucket at a time. One object per rank; blocking.
 
-    The driver brackets it: every engine is asked ``begin_update()``, every rank sends, then every engine is asked
-    ``end_update(version)``, so that no engine serves mixed weights. A failure on the way ends in ``abort_update()``.
-    The answer to ``end_update`` is the share of the time since the last one in which it had requests running.
+    The driver brackets it: every engine is asked ``begin_update(version)``, every rank sends, then every engine is
+    asked ``end_update()``, so that no engine serves mixed weights. A failure on the way ends in ``abort_update()``.
+    The answer to ``begin_update`` says which of its servers takes them, in a word that no other server has; that to
+    ``end_update`` is the share of the time since the last one in which it had requests running.
     In layout "colocate" engines are asked ``sleep()`` before a training: to give it their memory, until weights arrive.
     """
 
     def connect(self, engines: list[Worker], layout: Layout) -> None: ...
 
-    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
-        """Send all that ``tensors`` yields; with ``verify`` see by checksums whether every tensor arrived.
+    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool, servers: list[str]) -> dict[str, float]:
+        """Send all that ``tensors`` yields; with ``verify`` see by checksums whether every tensor arrived. ``servers``
+        are what the engines answered to ``begin_update``: by another word, something that knew the one before is gone.
 
         Returns metrics (``bytes``, ``tensors``). Raises TransportError naming the tensor and the engine.
         """

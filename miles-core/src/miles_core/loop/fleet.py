@@ -93,12 +93,11 @@ class Fleet:
     async def _push(self, verify: bool, sent: Callable[[], None]) -> dict[str, float]:
         await everyone(self.engines, "ready")  # those that are well go on until one that starts is
         async with self.asking:
-            version = self.asked
-            await everyone(self.engines, "begin_update")
+            servers = await everyone(self.engines, "begin_update", self.asked)
         try:
-            answers = await everyone(self.ranks, "push", verify)
+            answers = await everyone(self.ranks, "push", verify, servers)
             sent()
-            return moved(answers, await everyone(self.engines, "end_update", version))
+            return moved(answers, await everyone(self.engines, "end_update"))
         except BaseException:
             await asyncio.gather(*(e.call("abort_update", timeout=5) for e in self.engines), return_exceptions=True)
             raise

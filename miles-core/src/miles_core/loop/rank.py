@@ -201,11 +201,11 @@ class TrainingRank:
         dist.all_reduce(flag)
         return (reason or "another rank's reason") if flag.item() else None
 
-    def push(self, verify: bool) -> dict[str, float]:
+    def push(self, verify: bool, servers: list[str]) -> dict[str, float]:
         """Send the policy's weights to every engine."""
         with torch.no_grad():
             tensors = self._hooks.export(role="policy", model=self._models["policy"])
-            return self._transport.send(tensors, verify) if self._transport else {}
+            return self._transport.send(tensors, verify, servers) if self._transport else {}
 
     def save(self, folder: str) -> None:
         """Copy what ``saved`` says is written. A save under way is waited for."""

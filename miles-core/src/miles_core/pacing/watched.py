@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..edges.protocols import Cluster, Process, Worker
 
 # What a process does while it answers a call, and what it does from then on until the next of these calls. One that
-# answers False did nothing: an engine that keeps its memory, or one whose update has begun already.
+# answers False did nothing: an engine that keeps its memory.
 DOING = {
     "train": ("train", "wait"),
     "columns": ("train", "wait"),
@@ -47,7 +47,7 @@ class WatchedWorker:
             return await self.worker.call(method, *args, timeout=timeout)
         asked = time.time()
         answer = await self.worker.call(method, *args, timeout=timeout)
-        if answer is not False:
+        if answer is not False and (self.last, method) != ("sleep", "begin_update"):  # ``sleep`` began the update
             self._answered(method, asked)
         return answer
 

@@ -35,7 +35,7 @@ class LocalEngine:
         self._weights = Weights(arch)
         self._weights.load(Path(path))
         self._batch = Batch(Decoder(self._weights, max(1, rows_of(arch, context, max_batch, kv_mib)), context))
-        self._version = 0
+        self._version = self._next = 0  # that is served, and that of the update which began last
         self._paused = self._updating = False
         self._retract = retract
         self._broken = ""  # why the weights cannot be served
@@ -114,11 +114,12 @@ class LocalEngine:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    async def begin_update(self) -> None:
-        """Stop writing tokens and expect every tensor of the model, through ``load``."""
+    async def begin_update(self, version: int) -> str:
+        """Stop writing tokens and expect every tensor of ``version`` of the model, through ``load``."""
         if self._retract and not self._updating:
             self._batch.retract()
-        self._updating, self._arrived = True, {}
+        self._updating, self._arrived, self._next = True, {}, version
+        return ""
 
     async def load(self, bucket: Bucket) -> dict[str, int]:
         """Copy a bucket's tensors over the weights; crc32 by name, read back from the weights, where one was sent.
@@ -143,9 +144,11 @@ class LocalEngine:
                 checksums[piece.name] = zlib.crc32(back.view(torch.uint8).numpy())
         return checksums
 
-    async def end_update(self, version: int) -> float:
-        """Serve the new weights as ``version``; returns the share of the time since the last ones in which it wrote
-        tokens. Raises TransportError unless each tensor arrived exactly once."""
+    async def end_update(self) -> float:
+        """Serve the new weights; returns the share of the time since the last ones in which it wrote tokens.
+
+        Raises TransportError unless each tensor arrived exactly once.
+        """
         if not self._updating:
             raise TransportError("end_update without begin_update")
         missing = [name for name in self._weights.targets if name not in self._arrived]
@@ -154,7 +157,7 @@ class LocalEngine:
             some = [f"{len(missing)} did not arrive, such as {missing[0]}"] if missing else []
             some += [f"{len(twice)} arrived more than once, such as {twice[0]}"] if twice else []
             raise TransportError(f"of {len(self._weights.targets)} tensors {' and '.join(some)}")
-        self._version, self._updating, self._broken = version, False, ""
+        self._version, self._updating, self._broken = self._next, False, ""
         seen, self._watch = self._watch, Watch(monotonic())
         seen.look(self._watch.at, 0)
         self._wake()

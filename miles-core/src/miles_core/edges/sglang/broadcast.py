@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -24,11 +23,12 @@ from . import wire
 from .bucket import Flat, Lone, Place, buckets, names_of
 from .process import free_port, own_address
 from .proof import Proving
-from .receive import Sending, note
+from .receive import OVER, Sending, note
 
 AHEAD = 8  # buckets that the GPU was given and has not sent
 LEAVE_S = 5.0  # for engines to leave a group
-LOOK_S = 0.0002  # between two looks whether the last broadcast is over
+LOOK_S = 0.0002  # between two looks whether a broadcast is over that is waited for
+LAST_S = 0.05  # and whether one is that nobody waits for
 
 Answers = list[tuple[Worker, Future[Any]]]
 
@@ -40,6 +40,7 @@ class Sent:
     places: list[Place]
     tensor: Tensor | None  # until what comes next waits for it
     work: Any  # of the broadcast
+    on_gpu: bool
 
 
 class BroadcastTransport:
@@ -49,6 +50,10 @@ class BroadcastTransport:
     told once an update that buckets come, and read in a store here what is in each (see ``receive``). Broadcasts follow
     each other on the GPU, and nobody waits for a reply in between: a bucket is filled again as soon as it was sent, by
     the GPU's own clock. What a send takes is two buckets and, one at a time, a tensor that is larger.
+
+    On a GPU a send is over once every engine has told its own GPU to receive and load all of it, and this rank's was
+    told to send it: what either does next, such as a token or a step, comes behind that. So the ways from here to the
+    engines and back, which take longer than a bucket, are gone while the last ones are still under way.
     """
 
     def __init__(self, width: int, bucket_bytes: int, timeout_s: float, every: int = 0) -> None:
@@ -60,11 +65,13 @@ class BroadcastTransport:
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
         self._group: Any = None
         self._name = ""
-        self._sends = count(1)  # updates
+        self._sending: Sending | None = None  # the last update
         self._notes: TCPStore | None = None  # what is in buckets
         self._written: list[str] = []  # notes of the update under way
         self._engines: list[Worker] = []
+        self._servers: list[str] = []  # of these, that were told to enter the group
         self._loads: Answers = []  # of the update under way
+        self._last: Sent | None = None  # of the update before: nobody waited until it was sent
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
@@ -72,22 +79,24 @@ class BroadcastTransport:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_turn, args=(self._loop,), name="weights", daemon=True).start()
 
-    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
-        """Returns ``bytes`` and ``tensors``. With ``verify`` the engines find out whether all arrived; see ``proof``.
+    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool, servers: list[str]) -> dict[str, float]:
+        """Returns ``bytes`` and ``tensors``. The group is made anew where ``servers`` are others than those in it. With
+        ``verify`` the engines find out whether all arrived; see ``proof``.
 
         Raises TransportError naming the tensors and the engine; the group is given up then.
         """
+        while self._last and self._group is not None and not self._last.work.is_completed():
+            time.sleep(LOOK_S)  # a step ago; see ``_watch``
         sent = tensors_sent = 0
         under_way: deque[Sent] = deque()
         before: Sent | None = None
         sending: Sending | None = None
         turn, prove = False, self._proving.now(verify)
-        members = self._members()  # they answer while the first bucket is filled
         try:
             for number, bucket in enumerate(buckets(tensors, self._flats)):
                 if sending is None:
                     turn = self._take_turn()
-                    self._meet(bucket.tensor.device.type, members)
+                    self._meet(bucket.tensor.device.type, servers)
                     sending = self._announce(prove)
                 sent, tensors_sent = sent + bucket.used, tensors_sent + len(bucket.places)
                 under_way.append(self._post(bucket, sending.key(number)))
@@ -98,7 +107,7 @@ class BroadcastTransport:
                     self._arrive(under_way.popleft())
             if sending:
                 self._write(sending.key(len(self._written)), [])
-                self._settle(under_way)
+                self._settle(under_way, turn)
         except BaseException:
             self._leave()
             raise
@@ -128,8 +137,8 @@ class BroadcastTransport:
         return asyncio.run_coroutine_threadsafe(engine.call(method, *args, timeout=self._timeout), self._loop)
 
     def _take_turn(self) -> bool:
-        """Two ranks that broadcast to two engines at once would each find one engine waiting for the other rank."""
-        if self._loop is None or self._layout.world == 1 or len(self._engines) == 1:
+        """Two ranks that broadcast to two GPUs at once might each find one of them waiting for the other rank."""
+        if self._loop is None or self._layout.world == 1 or len(self._engines) * self._width == 1:
             return False
         first = self._engines[0]
         try:
@@ -144,16 +153,13 @@ class BroadcastTransport:
 
     # -- the group -----------------------------------------------------------------------------------------------
 
-    def _members(self) -> Answers:
-        """Whether each engine is in the group that there is, if there is one."""
-        return [(e, self._ask(e, "member", self._name)) for e in self._engines] if self._group is not None else []
-
-    def _meet(self, device: str, members: Answers) -> None:
+    def _meet(self, device: str, servers: list[str]) -> None:
         """Be in one group with every engine's server: this rank is 0, engine i begins at 1 + i * width."""
-        if members and all(there.result() for _, there in members):
+        if self._group is not None and servers == self._servers:
             return
         self._leave()
-        self._dismiss([engine for engine, there in members if there.result()])
+        self._dismiss([e for e, was, now in zip(self._engines, self._servers, servers, strict=False) if was == now])
+        self._servers = servers
         self._name = f"miles-{self._layout.rank}-{secrets.token_hex(4)}"  # both ends refuse one that they had
         host = own_address()
         port = free_port(host)
@@ -179,6 +185,9 @@ class BroadcastTransport:
         group, self._group = self._group, None
         if group is not None:
             group.abort() if hasattr(group, "abort") else None
+        if self._notes and (last := self._sending):  # whichever of these is waited for
+            for key in last.key(len(self._written)), replace(last, number=last.number + 1).key(0):
+                self._notes.set(key, OVER)
 
     def _dismiss(self, engines: list[Worker]) -> None:
         """Have engines leave the group, whose memory they would keep. One that cannot is no fault of an update."""
@@ -195,8 +204,9 @@ class BroadcastTransport:
         if self._notes is None:
             limit = timedelta(seconds=self._timeout)
             self._notes = TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        where = self._name, host, self._notes.port
-        sending = Sending(*where, next(self._sends), self._bucket_bytes, self._timeout)
+        number = self._sending.number + 1 if self._sending else 1
+        sending = Sending(self._name, host, self._notes.port, number, self._bucket_bytes, self._timeout)
+        self._sending = sending
         told = wire.Tensors((sending.payload(),) * self._width, wire.RECEIVE)
         self._loads = [(engine, self._ask(engine, "load", told)) for engine in self._engines]
         return sending
@@ -216,23 +226,38 @@ class BroadcastTransport:
     def _post(self, bucket: Flat | Lone, key: str) -> Sent:
         """Say what is in a bucket, and send it; both go on behind this call."""
         self._write(key, bucket.places)
-        return Sent(bucket.places, bucket.tensor, self._group.broadcast(bucket.tensor, 0))
+        tensor = bucket.tensor
+        return Sent(bucket.places, tensor, self._group.broadcast(tensor, 0), tensor.is_cuda)
 
     def _pass(self, sent: Sent) -> None:
         """Have what comes next wait until a bucket was sent: the GPU, not this thread, but where there is none."""
-        assert sent.tensor is not None
-        if sent.tensor.is_cuda:
+        if sent.on_gpu:
             sent.work.wait()
         else:
             self._arrive(sent)
         sent.tensor = None
 
-    def _settle(self, under_way: deque[Sent]) -> None:
-        """Wait until all buckets were sent, and every engine has said that its GPU will load them."""
+    def _settle(self, under_way: deque[Sent], turn: bool) -> None:
+        """Wait until every engine has said that its GPU will load what was sent. All of it has been only where there
+        is no GPU, and where another rank has its ``turn`` next."""
         wait([load for _, load in self._loads], return_when=FIRST_EXCEPTION)
         self._check(under_way[0])
-        for each in under_way:
-            self._arrive(each)
+        if turn or not under_way[0].on_gpu:
+            for each in under_way:
+                self._arrive(each)
+        elif self._loop:
+            self._last = under_way[-1]
+            self._pass(self._last)
+            asyncio.run_coroutine_threadsafe(self._watch(self._group, self._last), self._loop)
+
+    async def _watch(self, group: Any, last: Sent) -> None:
+        """Give the group up where an engine that had said so is gone: this rank's GPU would wait for it for ever."""
+        deadline = time.monotonic() + self._timeout
+        while self._group is group and not last.work.is_completed():
+            if time.monotonic() > deadline:
+                print(f"{names_of(last.places)}: their broadcast hangs, and is given up", flush=True)
+                self._leave()
+            await asyncio.sleep(LAST_S)
 
     def _arrive(self, sent: Sent) -> None:
         """Wait until a bucket was sent, and so all before it. Raises TransportError, with an engine's fault if there is

@@ -50,15 +50,14 @@ class Known:
     parts: list[Part] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)  # parts of parameters, one for each part of the bucket
     fills: list[tuple[Tensor, float]] = field(default_factory=list)
-    _at: int = -1  # where the bucket was that was cut last
-    _cut: list[Tensor] = field(default_factory=list)
+    _cut: dict[int, list[Tensor]] = field(default_factory=dict)  # by where the bucket was
 
     @torch.no_grad()
     def take(self, flat: Tensor) -> None:
         """Load a bucket: [bytes] uint8, where its memory begins. On a GPU that is begun on the current stream."""
-        cut = self._cut if flat.data_ptr() == self._at else [part.within(flat) for part in self.parts]
+        cut = self._cut.get(flat.data_ptr()) or [part.within(flat) for part in self.parts]
         if len(self.places) > 1:  # one tensor alone may be larger than a bucket, and its memory is not kept
-            self._at, self._cut = flat.data_ptr(), cut
+            self._cut[flat.data_ptr()] = cut
         torch._foreach_copy_(self.targets, cut)
         for target, value in self.fills:
             target.fill_(value)

@@ -45,7 +45,7 @@ class HandleTransport:
         self._group = dist.new_subgroups_by_enumeration(sharing)[0] if self._gpus > 1 else None  # type: ignore[no-untyped-call]
         _serialize([], None)  # what it imports takes seconds
 
-    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
+    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool, servers: list[str]) -> dict[str, float]:
         """Returns ``bytes`` and ``tensors``. With ``verify`` the engines find out whether all arrived; see ``proof``.
 
         Raises TransportError naming the tensors and the engine.

@@ -2,18 +2,18 @@
 
 One call is all that one rank sends in an update. What is in the next bucket the sender writes down in a store that all
 can read, so that no bucket waits for a request to pass from the network to the scheduler, and the model looks up its
-parameters once an update. Nothing here waits for the GPU:
+parameters once an update. Nothing here waits for the GPU, and the first buckets not for the call either:
 
-- A bucket is received on a stream of its own, into one of two buffers that stay as long as the group does, while the
-  GPU still copies the bucket before it into the parameters.
-- That is done by ``model.load_weights``, and later as that did it (see ``copies``), on the stream that SGLang calls
-  this on. So everything that SGLang does later, of the next update's first bucket to the first token, comes behind it,
-  whether or not a last bucket ever arrived.
-- A buffer is received into again only behind the copies out of it; an event on that stream tells. It was allocated on
-  that stream, which waits for every broadcast: whoever has its memory next comes behind both.
+- A thread of the group's own reads the store. It has each bucket received on a stream of its own, into one of two
+  buffers that stay as long as the group does, while the GPU still copies the bucket before it into the parameters.
+  So what a rank sends is on its way while the call is on its own: through a client, the server and its scheduler.
+- That copying is done by ``model.load_weights``, and later as that did it (see ``copies``), within the call and on the
+  stream that SGLang makes it on. So everything that SGLang does later, of the next update's first bucket to the first
+  token, comes behind it, whether or not a last bucket ever arrived.
+- A buffer is received into again only behind the copies out of it; an event on that stream tells.
 
 An exception here ends the scheduler (0.5.16 and 0.5.23 alike), and that the server. Its last lines say what was wrong,
-and the engine puts them behind its complaint.
+and the engine puts them behind its complaint. What goes wrong in the thread is raised by the call.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import chain, count, cycle
+from itertools import count
 from math import prod
+from queue import Empty as Nothing
+from queue import SimpleQueue
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -37,6 +41,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .bucket import Place, names_of
 from .copies import Copies, Watch
+
+SWITCH_S = 1e-4  # after which a thread gives Python's lock to one that waits for it
+OVER = ""  # a note by which nothing is sent in its group any more
+LOOK = timedelta(hours=1)  # for a sender that left a group to have said so: PyTorch complains about every wait in vain
 
 
 class Empty:
@@ -86,27 +94,29 @@ def places_of(note: bytes) -> list[Place]:
 class Slot:
     """A buffer, and what was made of it."""
 
+    once: bool = False  # it holds one tensor, larger than a bucket, and goes with it
     buffer: Tensor | None = None
     loaded: torch.cuda.Event | None = None  # behind the last copy out of it
     given: list[tuple[str, Any]] = field(default_factory=list)  # names, and weak references to tensors in it
 
-    def hold(self, size: int, device: torch.device) -> None:
-        """Be ready to receive. Raises RuntimeError where what was given before is still wanted."""
+    def take_back(self) -> None:
+        """Raises RuntimeError where what was given is still wanted."""
         if kept := [name for name, tensor in self.given if tensor() is not None]:
             raise RuntimeError(f"the model keeps {kept[0]} while it asks for tensors behind it, and it is overwritten")
         self.given = []
-        if self.buffer is None:
-            self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One that was received, or on a GPU will have been when the current stream comes to it."""
+    """One that was received, or on a GPU will have been behind ``arrived``."""
 
+    update: int
+    number: int  # in that update
     note: bytes
-    places: list[Place]
+    places: list[Place]  # none: it stands for the end of what is sent
     flat: Tensor  # [bytes] uint8
     slot: Slot
+    arrived: torch.cuda.Event | None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each by its name. It is gone once the bucket after the next one is asked for."""
@@ -124,71 +134,119 @@ class Receiver:
         # Before the copies, which would fill the GPU: a broadcast that cannot start keeps every other receiver waiting.
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
-        self._slots = Slot(), Slot()
-        self._notes: TCPStore | None = None
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        self._arrived: SimpleQueue[Bucket | Exception] = SimpleQueue()
         self._copies = Copies()
-        self._at: tuple[int, list[Place]] | None = None
+        self._at = ""
+        for slot in (Slot(), Slot()):
+            self._free.put(slot)
 
     @property
     def at(self) -> str:
         """What it was at, for a complaint."""
-        return f"at bucket {self._at[0]}, {names_of(self._at[1])}" if self._at else "before the first bucket"
+        return self._at or "before the first bucket"
 
-    def load(self, model: Any, group: dist.ProcessGroup, sending: Sending) -> None:
+    # -- in the call ---------------------------------------------------------------------------------------------
+
+    def load(self, model: Any, sending: Sending) -> None:
         """Load all that is sent. On a GPU it is only begun when this returns; see above. Raises RuntimeError."""
-        arriving = self._arriving(group, sending)
-        for number, bucket in enumerate(arriving):
-            if not number:
-                self._copies.check(model)
+        self._copies.check(model)
+        while bucket := self._next(sending):
             if known := self._copies.known(bucket.note):
                 known.take(bucket.flat)
+                self._give_back(bucket)
             else:
-                self._ask(model, chain([bucket], arriving))
+                return self._ask(model, bucket, sending)
 
-    def _ask(self, model: Any, buckets: Iterator[Bucket]) -> None:
-        """Have the model load what is in these."""
+    def _ask(self, model: Any, bucket: Bucket, sending: Sending) -> None:
+        """Have the model load what is in this one, and in all behind it."""
+        held: list[Bucket] = []
         with self._copies.watch(model) as watch:
-            tensors = _tensors(buckets, watch)
+            tensors = _tensors(self._from(bucket, sending, held), watch)
             model.load_weights(tensors)
         if next(tensors, None) is not None:
             raise RuntimeError("the model asks for no more tensors, and there are more")
+        for each in held:
+            self._give_back(each)
 
-    def _arriving(self, group: dist.ProcessGroup, sending: Sending) -> Iterator[Bucket]:
-        """Each is gone once the next but one is asked for."""
-        limit, slots = timedelta(seconds=sending.timeout_s), cycle(self._slots)
-        if self._notes is None:
-            self._notes = TCPStore(sending.host, sending.port, is_master=False, timeout=limit, wait_for_workers=False)
-        for number in count():
-            note = self._notes.get(sending.key(number))
-            known = self._copies.known(note)
-            places = known.places if known else places_of(note)
-            if not places:
-                return
-            self._at = number, places
-            size = places[-1].end
-            slot = Slot() if size > sending.bucket_bytes else next(slots)
-            slot.hold(max(size, sending.bucket_bytes), self._device)
-            yield Bucket(note, places, self._receive(group, slot, size), slot)
-            if self._stream:
-                slot.loaded = slot.loaded or torch.cuda.Event()  # type: ignore[no-untyped-call]
-                slot.loaded.record()
+    def _from(self, bucket: Bucket | None, sending: Sending, held: list[Bucket]) -> Iterator[Bucket]:
+        """This one, and all behind it. Each is ``held`` until the next but one is asked for: whoever asks for the next
+        has the last tensor of this one at hand, perhaps to be copied yet."""
+        while bucket:
+            held.append(bucket)
+            yield bucket
+            if len(held) > 1:
+                self._give_back(held.pop(0))
+            bucket = self._next(sending)
 
-    def _receive(self, group: dist.ProcessGroup, slot: Slot, size: int) -> Tensor:
-        """[size] uint8 in the slot's buffer. Whatever the current stream does with it comes behind its arrival."""
-        assert slot.buffer is not None
+    def _next(self, sending: Sending) -> Bucket | None:
+        """The next one, once it is received, on a GPU by the time the current stream comes to it; None at the end."""
+        try:
+            bucket = self._arrived.get(timeout=sending.timeout_s)
+        except Nothing:
+            raise RuntimeError(f"the next bucket was not sent within {sending.timeout_s:g} s") from None
+        if isinstance(bucket, Exception):
+            raise bucket
+        if bucket.update != sending.number:
+            raise RuntimeError(f"it is of update {bucket.update}, and update {sending.number} was to be loaded")
+        if not bucket.places:
+            return None
+        self._at = f"at bucket {bucket.number}, {names_of(bucket.places)}"
+        if bucket.arrived:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(bucket.arrived)
+            bucket.flat.record_stream(here)
+        return bucket
+
+    def _give_back(self, bucket: Bucket) -> None:
+        """Have its buffer received into again, behind all that the current stream was told."""
+        bucket.slot.take_back()
+        if bucket.arrived:
+            bucket.slot.loaded = bucket.slot.loaded or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            bucket.slot.loaded.record()
+        if not bucket.slot.once:
+            self._free.put(bucket.slot)
+
+    # -- in the thread -------------------------------------------------------------------------------------------
+
+    def take(self, group: dist.ProcessGroup, sending: Sending, update: int, number: int, note: bytes) -> bool:
+        """Receive the bucket of which this is the note. False at the end of what is sent."""
+        known = self._copies.known(note)
+        places = known.places if known else places_of(note)
+        if not places:
+            self._arrived.put(Bucket(update, number, note, places, torch.empty(0), Slot(), None))
+            return False
+        size = places[-1].end
+        slot = Slot(once=True) if size > sending.bucket_bytes else self._slot(sending)
+        if slot.buffer is None:
+            slot.buffer = torch.empty(max(size, sending.bucket_bytes), dtype=torch.uint8, device=self._device)
         flat = slot.buffer[:size]
+        self._arrived.put(Bucket(update, number, note, places, flat, slot, self._receive(group, slot, flat)))
+        return True
+
+    def _slot(self, sending: Sending) -> Slot:
+        try:
+            return self._free.get(timeout=sending.timeout_s)
+        except Nothing:
+            raise RuntimeError(f"of what was received nothing was loaded within {sending.timeout_s:g} s") from None
+
+    def _receive(self, group: dist.ProcessGroup, slot: Slot, flat: Tensor) -> torch.cuda.Event | None:
+        """Fill ``flat``, of the slot's buffer; on a GPU that is done behind what is returned."""
         if self._stream is None:
             dist.broadcast(flat, group=group, group_src=0)
-            return flat
-        here = torch.cuda.current_stream(self._device)
+            return None
         with torch.cuda.stream(self._stream):
             if slot.loaded:
                 self._stream.wait_event(slot.loaded)
             else:
-                self._stream.wait_stream(here)  # for whoever had its memory before
+                self._stream.wait_stream(torch.cuda.default_stream(self._device))  # for whoever had its memory before
             dist.broadcast(flat, group=group, group_src=0)
-        here.wait_stream(self._stream)
-        return flat
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return arrived
+
+    def fail(self, error: Exception) -> None:
+        self._arrived.put(error)
 
 
 def _tensors(buckets: Iterator[Bucket], watch: Watch | None) -> Iterator[tuple[str, Tensor]]:
@@ -214,14 +272,56 @@ def receive(model: Any, named_tensors: list[tuple[str, Tensor]]) -> None:
     """
     [(told, empty)] = named_tensors
     sending = Sending(**json.loads(told))
-    group = _joined(sending.group)
-    if (receiver := _receivers.get(group)) is None:
-        receiver = _receivers[group] = Receiver(empty.device)
+    receiver = receiver_of(_joined(sending.group), sending, empty.device)
     try:
-        receiver.load(model, group, sending)
+        receiver.load(model, sending)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise RuntimeError(f"weights were not loaded, {receiver.at}, in group {sending.group}: {why}") from error
+
+
+def receiver_of(group: dist.ProcessGroup, sending: Sending, device: torch.device) -> Receiver:
+    """The one that a group has; it begins with this update."""
+    if (receiver := _receivers.get(group)) is None:
+        # The scheduler looks for requests without a pause, and would keep Python's lock to itself for 5 ms at a time.
+        sys.setswitchinterval(SWITCH_S)
+        receiver = _receivers[group] = Receiver(device)
+        threading.Thread(target=_ahead, args=(ref(receiver), ref(group), sending), name="weights", daemon=True).start()
+    return receiver
+
+
+def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Sending) -> None:
+    """Have every bucket received that is sent in the group, of this update and all behind it. Ends with the group."""
+    try:
+        limit = timedelta(seconds=sending.timeout_s)
+        notes = TCPStore(sending.host, sending.port, is_master=False, timeout=limit, wait_for_workers=False)
+        for update in count(sending.number):
+            for number in count():
+                key = replace(sending, number=update).key(number)
+                while not _is_there(notes, key):
+                    if receiver() is None:
+                        return
+                here, joined = receiver(), group()
+                if here is None or joined is None:
+                    return
+                if not (note := notes.get(key)):
+                    return
+                goes_on = here.take(joined, sending, update, number, note)
+                del here, joined  # or they stay as long as nothing is sent
+                if not goes_on:
+                    break
+    except Exception as error:
+        if here := receiver():
+            here.fail(error)
+
+
+def _is_there(notes: TCPStore, key: str) -> bool:
+    """Waits a moment for it."""
+    try:
+        notes.wait([key], LOOK)
+    except dist.DistStoreError:
+        return False
+    return True
 
 
 def _joined(name: str) -> dist.ProcessGroup:

@@ -15,7 +15,7 @@ from .launch import Live, launch
 from .process import own_address
 from .proof import Proof, checksums
 from .turns import Turns
-from .update import Update, halt, unpin
+from .update import GIVEN_UP, Update, halt, unpin
 from .use import Use, requests
 
 STARTS = 3  # of a successor, which may have to wait for the memory of the server that was killed
@@ -140,16 +140,21 @@ class SGLangEngine:
 
     async def sleep(self) -> bool:
         """Begin the update behind a training, for which it gives its memory up; False, at once, where both fit."""
-        return self._turns.gives and await self.begin_update()
+        return self._turns.gives and await self._begin()
 
-    async def begin_update(self) -> bool:
-        """Stop writing tokens, and expect every tensor of the model, through ``load``.
+    async def begin_update(self, version: int) -> str:
+        """Stop writing tokens, and expect every tensor of ``version`` of the model, through ``load``. Returns which
+        server they go to: one that took its place has another name, and is in no group.
 
         Waits for a server that is starting. Requests in flight wait too and go on with the new weights, or come back
         aborted (see ``aborted``): from 0.5.16, and from any server that keeps what the old weights computed for them.
         Where trainers use the same GPUs its memory is theirs until the first ``load``, unless both fit: see ``stay``.
-        False where an update had begun already.
         """
+        await self._begin()
+        return self._updating(GIVEN_UP).expect(version)
+
+    async def _begin(self) -> bool:
+        """False where an update had begun already."""
         async with self._beginning:
             live = await self._live()
             if self._update:
@@ -203,8 +208,8 @@ class SGLangEngine:
         if live.sessions:
             await live.call.post("/begin_weight_update", {"selector": "all"})
 
-    async def end_update(self, version: int) -> float:
-        """Serve the new weights as ``version``; returns ``Use.share``.
+    async def end_update(self) -> float:
+        """Serve the new weights; returns ``Use.share``.
 
         Version 0 is the model on disk, and must leave every tensor as it was when the server started. Raises
         TransportError when it does not, when a tensor or all did not arrive, or when the server refuses.
@@ -213,29 +218,28 @@ class SGLangEngine:
         if not update.loads:
             raise TransportError("no weights arrived between begin_update and end_update")
         try:
-            if (live := update.live).sessions:
-                await self._long(live, "/end_weight_update")
-            await (update.proof or Proof(self._checker)).end(None if version else self._disk)
+            if update.live.sessions:
+                await self._long(update.live, "/end_weight_update")
+            await (update.proof or Proof(self._checker)).end(None if update.version else self._disk)
             if self._turns.slept:
                 await self.restore(["kv_cache"])
-            stamped = wire.stamp(version, live.mark)  # by default the next call aborts every request
-            await live.call.repeat("/update_weight_version", {"new_version": stamped, "abort_all_requests": False})
             if not self._paused:
-                await self._go_on(live)
+                await self._go_on(update.live)
         except EngineError as error:
             raise TransportError(f"the SGLang server did not end the update: {error}") from error
         self._aborted = {id: at for id, at in self._aborted.items() if at == self._version}
-        self._version, self._update, self._refusal = version, None, ""
+        self._version, self._update, self._refusal = update.version, None, ""
         update.end()
         return self._use.share()
 
     async def abort_update(self) -> None:
-        """Give up an update. A server whose weights were partly overwritten is replaced; returns at once."""
+        """Give up an update. A server whose weights may be partly overwritten is replaced; returns at once."""
         update, self._update = self._update, None
         if not update:
             return
         update.end()
-        if self._is_current(live := update.live) and not update.touched:
+        # What is sent in a group begins to arrive before the server is told of it.
+        if self._is_current(live := update.live) and not (update.touched or live in self._groups.values()):
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     if live.sessions:
@@ -256,10 +260,6 @@ class SGLangEngine:
     async def leave(self, name: str) -> None:
         if self._groups.pop(name, None) is (live := await self._live()):  # else that server is gone
             await self._long(live, "/destroy_weights_update_group", {"group_name": name})
-
-    async def member(self, name: str) -> bool:
-        """Whether its server is in the group ``name``. One that is not would be waited for in vain."""
-        return self._update is not None and self._groups.get(name) is self._update.live
 
     async def checksums(self) -> dict[str, str]:
         """A hash of each parameter and buffer; see ``proof``. 0.5.16 has none without a GPU: raises EngineError."""

@@ -63,11 +63,17 @@ class Update:
         """``forget``: have the server forget, with the first bucket, what old weights computed; nothing is running.
         ``wake`` is called before the first bucket, where the server has given its memory up."""
         self.live, self._forget, self._wake = live, forget, wake
+        self.version = 0  # of the weights that come
         self.loads = 0  # calls that may have changed weights
         self.proof: Proof | None = None
         self._line = Line(live.url)
         self._handing, self._sending = asyncio.Lock(), asyncio.Lock()
         self._over = self._handed = False
+
+    def expect(self, version: int) -> str:
+        """``version`` of the weights that come. Returns which server they come to."""
+        self.version = version
+        return self.live.address
 
     @property
     def touched(self) -> bool:
@@ -87,7 +93,7 @@ class Update:
             if self.proof and not self._handed:
                 await self.proof.begin()
                 self._check()
-            path, body = wire.update(bucket, self._forget)
+            path, body = wire.update(bucket, wire.stamp(self.version, self.live.mark), self._forget)
             answer = await self._line.send(path, body)
             self._forget, self._handed = False, True
         try:

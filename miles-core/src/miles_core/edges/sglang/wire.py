@@ -38,8 +38,9 @@ class Stranger(EngineError):
     """A server answered that is not the one asked: its port went to another."""
 
 
-def update(bucket: Tensors, flush: bool = False) -> tuple[str, dict[str, Any]]:
-    """Path and body that load a bucket. ``flush`` the cache with it: once an update, while the server stands still.
+def update(bucket: Tensors, named: str, flush: bool = False) -> tuple[str, dict[str, Any]]:
+    """Path and body that load a bucket. Once it is loaded the weights are called what is ``named``; see ``stamp``.
+    ``flush`` the cache with it: once an update, while the server stands still.
 
     That keeps the memory in which buckets arrive, which ``/flush_cache`` would give back to the driver. 0.5.16 ends
     itself where a request is in flight, later ones decline.
@@ -47,7 +48,7 @@ def update(bucket: Tensors, flush: bool = False) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {"serialized_named_tensors": list(bucket.serialized), "load_format": bucket.load_format}
     if bucket.load_format == RECEIVE:  # once: what was broadcast has come, and a draft model would wait for it again
         body |= {"selector": "target", "disable_draft_model": True}  # 0.5.23 knows the first, 0.5.16 the second
-    return "/update_weights_from_tensor", body | {"flush_cache": flush}
+    return "/update_weights_from_tensor", body | {"flush_cache": flush, "weight_version": named}
 
 
 def stamp(version: int, mark: str) -> str:

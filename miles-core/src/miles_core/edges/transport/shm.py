@@ -84,7 +84,7 @@ class SharedMemoryTransport:
         self._engines = engines
         self._pool = ThreadPoolExecutor(max_workers=2 * len(engines), thread_name_prefix=f"weights-{layout.rank}")
 
-    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool) -> dict[str, float]:
+    def send(self, tensors: Iterator[tuple[str, Tensor]], verify: bool, servers: list[str]) -> dict[str, float]:
         """Send all that ``tensors`` yields to every engine.
 
         Returns ``bytes`` and ``tensors``. Raises TransportError naming the tensor and the engine, after every engine
