@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.protocols import TransportError, WorkerDied
 from miles_core.edges.sglang import bucket, wire
-from miles_core.edges.sglang.broadcast import BroadcastTransport
-from miles_core.edges.sglang.bucket import Flat, buckets
+from miles_core.edges.sglang.broadcast import BroadcastTransport, Sent
+from miles_core.edges.sglang.bucket import Flat, Place, buckets
 from miles_core.edges.sglang.handles import HandleTransport
 from miles_core.edges.sharing import HERE
 from miles_core.types import Layout
@@ -217,6 +220,42 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
         assert_arrived(engine, tensors(seed=1))
     assert list(engines[0].groups) == list(engines[1].groups) != [first] and len(engines[0].groups) == 1
     transport.close()
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_hangs(
+    arrives: bool, sglang: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, whose streams keep the order. Here the last bucket is said to be on its way on one."""
+    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 5.0)
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False, [""])
+    [first] = engine.groups
+    work = Work(began := time.monotonic(), 0.5 if arrives else math.inf)
+    last = Sent([Place("last", torch.uint8, torch.Size([1]), 0, 1)], torch.zeros(1), work, on_gpu=True)
+    transport._settle(deque([last]), turn=False)
+    assert time.monotonic() - began < 0.3 and work.waited and last.tensor is None
+    transport.send(iter(tensors(seed=1).items()), False, [""])
+    assert_arrived(engine, tensors(seed=1))
+    assert time.monotonic() - began > (0.5 if arrives else 5.0)
+    assert (list(engine.groups) == [first]) is arrives
+    assert ("last: their broadcast hangs, and is given up" in capsys.readouterr().out) is not arrives
+    transport.close()
+
+
+@dataclass
+class Work:
+    """Of a broadcast on a GPU: to ``wait`` for it is a thing that the GPU does."""
+
+    began: float
+    takes_s: float
+    waited: bool = False
+
+    def is_completed(self) -> bool:
+        return time.monotonic() - self.began > self.takes_s
+
+    def wait(self) -> None:
+        self.waited = True
 
 
 def test_a_rank_that_is_given_nothing_sends_nothing(sglang: None) -> None:
