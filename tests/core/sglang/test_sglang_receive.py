@@ -101,6 +101,17 @@ def test_what_is_wrong_in_the_loader_is_told_and_the_server_replaced(
     assert served.ask("health")["restarts"] == 1
 
 
+def test_who_sends_outside_an_update_has_the_server_replaced(served: Served, transport: BroadcastTransport) -> None:
+    """It may have received the first bucket by then, and would wait for the second for ever."""
+    push(served, transport, tensors(), 1)
+    server = served.live().address
+    with pytest.raises(TransportError, match="engine-0 did not load layers(?s:.)*weights arrived outside an update"):
+        transport.send(iter(tensors(seed=1).items()), verify=False, servers=[server])
+    assert served.ask("health")["restarts"] == 1
+    push(served, transport, tensors(seed=2), 2)
+    assert received(served) == {name: digest(tensor) for name, tensor in tensors(seed=2).items()}
+
+
 # -- in this process ---------------------------------------------------------------------------------------------------
 
 

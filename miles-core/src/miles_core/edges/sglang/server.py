@@ -176,6 +176,8 @@ class SGLangEngine:
     async def load(self, bucket: wire.Tensors) -> dict[str, int]:
         """Have the server load a bucket, after those that came before, which need not be loaded yet. Returns no
         checksums: it has none of tensors as they were sent. Raises TransportError with what is wrong."""
+        if not self._update and bucket.load_format == wire.RECEIVE and self._groups:
+            self._replace(await self._live(), "weights were sent to it outside an update")  # and began to arrive
         update = self._updating("weights arrived outside an update; call begin_update first")
         try:
             await update.load(bucket, self._timeout)
@@ -209,10 +211,9 @@ class SGLangEngine:
             await live.call.post("/begin_weight_update", {"selector": "all"})
 
     async def end_update(self) -> float:
-        """Serve the new weights; returns ``Use.share``.
-
-        Version 0 is the model on disk, and must leave every tensor as it was when the server started. Raises
-        TransportError when it does not, when a tensor or all did not arrive, or when the server refuses.
+        """Serve the new weights; returns ``Use.share``. Version 0 is the model on disk, and must leave every tensor as
+        it was when the server started. Raises TransportError when it does not, when a tensor or all did not arrive, or
+        when the server refuses.
         """
         update = self._updating("end_update without begin_update")
         if not update.loads:
@@ -233,13 +234,12 @@ class SGLangEngine:
         return self._use.share()
 
     async def abort_update(self) -> None:
-        """Give up an update. A server whose weights may be partly overwritten is replaced; returns at once."""
+        """Give up an update. A server whose weights were partly overwritten is replaced; returns at once."""
         update, self._update = self._update, None
         if not update:
             return
         update.end()
-        # What is sent in a group begins to arrive before the server is told of it.
-        if self._is_current(live := update.live) and not (update.touched or live in self._groups.values()):
+        if self._is_current(live := update.live) and not update.touched:
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     if live.sessions:
