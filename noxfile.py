@@ -72,14 +72,26 @@ def compiled(venv: Path) -> None:
 
     Compiling what torch and Megatron import is a dozen seconds of work for each process that is the first to.
     """
-    for theirs in venv.parent.glob("*/lib/python3*/site-packages/**/__pycache__/*.pyc"):
-        inside = theirs.relative_to(venv.parent).parts[1:-2]
-        source = f"{theirs.name.partition('.')[0]}.py"
-        mine, other = venv.joinpath(*inside, source), theirs.parents[1] / source
-        there = mine.parent / "__pycache__" / theirs.name
-        if not there.exists() and mine.exists() and other.exists() and mine.samefile(other):
-            there.parent.mkdir(exist_ok=True)
-            os.link(theirs, there)
+    for mine in venv.glob("lib/python3*/site-packages"):
+        others = [str(other) for other in venv.parent.glob(f"*/{mine.relative_to(venv)}") if other != mine]
+        for folder, _, files in os.walk(mine):
+            if sources := {file for file in files if file.endswith(".py")}:
+                for other in others:
+                    linked(folder, sources, other + folder.removeprefix(str(mine)))
+
+
+def linked(mine: str, sources: set[str], other: str) -> None:
+    """The bytecode of one folder. No paths but of text: there are thousands of folders, and ten others of each."""
+    there, theirs = f"{mine}/__pycache__", f"{other}/__pycache__"
+    if not os.path.isdir(theirs):
+        return
+    known = os.listdir(there) if os.path.isdir(there) else []
+    for name in set(os.listdir(theirs)).difference(known):
+        source = f"{name.partition('.')[0]}.py"
+        if source in sources and os.path.exists(f"{other}/{source}"):
+            if os.path.samefile(f"{mine}/{source}", f"{other}/{source}"):
+                os.makedirs(there, exist_ok=True)
+                os.link(f"{theirs}/{name}", f"{there}/{name}")
 
 
 def loosened(session: nox.Session, *theirs: str) -> tuple[str, ...]:
