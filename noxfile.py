@@ -234,24 +234,23 @@ def marked(session: nox.Session, marker: str, *where: str) -> None:
 
 
 @nox.session
-@nox.parametrize("package", PACKAGES, ids=PACKAGES)
-def build(session: nox.Session, package: str) -> None:
-    """Sdist, and the wheel made from it; then what an installed wheel holds and answers, far from the checkout."""
+def build(session: nox.Session) -> None:
+    """Sdists, and the wheels made from them; then what each installed wheel holds and answers, far from the checkout."""
     prepare(session, group="build")
-    dist = Path(session.create_tmp()) / "dist"
+    dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    for name in dict.fromkeys(("miles-core", package)):  # a plugin's wheel needs this checkout's core beside it
-        session.run("uv", "build", name, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
+    for package in PACKAGES:
+        session.run("uv", "build", package, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
                     "--build-constraints", "constraints.txt")  # fmt: skip
     session.run("twine", "check", "--strict", *map(str, sorted(dist.glob("*.[wt]*"))))
-    wheels = sorted(map(str, dist.glob("*.whl")))
-    for wheel in wheels:
-        session.log(f"{Path(wheel).name}: {', '.join(sorted(ZipFile(wheel).namelist()))}")
     fresh = str(Path(session.create_tmp()).resolve() / "installed")
-    session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, fresh)
-    session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *wheels)
-    with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
-        session.run(f"{fresh}/bin/miles", "plugins", external=True)
+    for package in PACKAGES:
+        both = [next(dist.glob(f"{name.replace('-', '_')}-*.whl")) for name in dict.fromkeys(("miles-core", package))]
+        session.log(f"{both[-1].name}: {', '.join(sorted(ZipFile(both[-1]).namelist()))}")
+        session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, fresh)
+        session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *map(str, both))
+        with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
+            session.run(f"{fresh}/bin/miles", "plugins", external=True)
 
 
 def wheels(session: nox.Session, *folders: str) -> list[Path]:
