@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from zipfile import ZipFile
 
 import nox
@@ -22,7 +23,7 @@ from packaging.version import Version
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"  # `uv pip install` brings an old one up to date in a second
-nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "oracles", "slow"]
+nox.options.sessions = ["budget", "side_by_side", "tests", "together", "floor", "slow"]
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("miles-*/pyproject.toml"))
@@ -130,6 +131,26 @@ def budget(session: nox.Session) -> None:
             over.append(f"{what} is {count - limit} lines over its budget of {limit}")
     if over:
         session.error("; ".join(over))
+
+
+TRAINING, OTHERS = ("third_party",), ("lint", "build", "oracles")  # none of them asks how long something takes
+
+
+@nox.session(python=False)
+def side_by_side(session: nox.Session) -> None:
+    """Sessions that keep one core busy each: a training on one side, all others on the other."""
+    ask = (sys.executable, "-m", "nox", "--session")
+    session.run(*ask, "lint", "--install-only")  # what both sides install is downloaded once
+    with TemporaryFile("w+") as said:  # and told in one piece
+        training = subprocess.Popen([*ask, *TRAINING], stdout=said, stderr=subprocess.STDOUT)
+        try:
+            session.run(*ask, *OTHERS)
+        finally:
+            status = training.wait()
+            said.seek(0)
+            print(said.read(), flush=True)
+    if status:
+        session.error(f"{', '.join(TRAINING)} failed: see above")
 
 
 STANDS_ALONE = (
