@@ -22,7 +22,9 @@ def one_ray() -> Iterator[None]:
     more work than a short run; tests that start one a run are there for that."""
     from miles_core.edges.cluster.session import Session
 
-    session = Session({"address": "local", "num_cpus": 16, "object_store_memory": 200 << 20, "include_dashboard": False})
+    session = Session(
+        {"address": "local", "num_cpus": 16, "object_store_memory": 200 << 20, "include_dashboard": False}
+    )
     session.ready.result(120)
     yield
     session.end()
