@@ -256,7 +256,7 @@ def marked(session: nox.Session, marker: str, *where: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Sdists, and the wheels made from them; then what each installed wheel holds and answers, far from the checkout."""
+    """Sdists, and the wheels made of them; then what each installed wheel holds and answers, far from the checkout."""
     prepare(session, group="build")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)

@@ -28,7 +28,7 @@ def plan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module", params=["reverse", "arithmetic"])
 def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of an example with its data written; a model that is shown sums is shown few, as nobody asks it for any."""
+    """A copy of an example with its data written; a model that is shown sums is shown few: nobody asks it for any."""
     folder = tmp_path_factory.mktemp("examples") / str(request.param)
     shutil.copytree(EXAMPLES / str(request.param), folder, ignore=shutil.ignore_patterns("data"))
     text = (folder / "make.py").read_text()
