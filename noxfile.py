@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from zipfile import ZipFile
 
 import nox
@@ -22,7 +23,7 @@ from packaging.version import Version
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"  # `uv pip install` brings an old one up to date in a second
-nox.options.sessions = ["lint", "budget", "tests", "together", "floor", "build", "third_party", "oracles", "slow"]
+nox.options.sessions = ["budget", "side_by_side", "tests", "together", "floor", "slow"]
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("miles-*/pyproject.toml"))
@@ -72,14 +73,26 @@ def compiled(venv: Path) -> None:
 
     Compiling what torch and Megatron import is a dozen seconds of work for each process that is the first to.
     """
-    for theirs in venv.parent.glob("*/lib/python3*/site-packages/**/__pycache__/*.pyc"):
-        inside = theirs.relative_to(venv.parent).parts[1:-2]
-        source = f"{theirs.name.partition('.')[0]}.py"
-        mine, other = venv.joinpath(*inside, source), theirs.parents[1] / source
-        there = mine.parent / "__pycache__" / theirs.name
-        if not there.exists() and mine.exists() and other.exists() and mine.samefile(other):
-            there.parent.mkdir(exist_ok=True)
-            os.link(theirs, there)
+    for mine in venv.glob("lib/python3*/site-packages"):
+        others = [str(other) for other in venv.parent.glob(f"*/{mine.relative_to(venv)}") if other != mine]
+        for folder, _, files in os.walk(mine):
+            if sources := {file for file in files if file.endswith(".py")}:
+                for other in others:
+                    linked(folder, sources, other + folder.removeprefix(str(mine)))
+
+
+def linked(mine: str, sources: set[str], other: str) -> None:
+    """The bytecode of one folder. No paths but of text: there are thousands of folders, and ten others of each."""
+    there, theirs = f"{mine}/__pycache__", f"{other}/__pycache__"
+    if not os.path.isdir(theirs):
+        return
+    known = os.listdir(there) if os.path.isdir(there) else []
+    for name in set(os.listdir(theirs)).difference(known):
+        source = f"{name.partition('.')[0]}.py"
+        if source in sources and os.path.exists(f"{other}/{source}"):
+            if os.path.samefile(f"{mine}/{source}", f"{other}/{source}"):
+                os.makedirs(there, exist_ok=True)
+                os.link(f"{theirs}/{name}", f"{there}/{name}")
 
 
 def loosened(session: nox.Session, *theirs: str) -> tuple[str, ...]:
@@ -118,6 +131,26 @@ def budget(session: nox.Session) -> None:
             over.append(f"{what} is {count - limit} lines over its budget of {limit}")
     if over:
         session.error("; ".join(over))
+
+
+TRAINING, OTHERS = ("third_party",), ("lint", "build", "oracles")  # none of them asks how long something takes
+
+
+@nox.session(python=False)
+def side_by_side(session: nox.Session) -> None:
+    """Sessions that keep one core busy each: a training on one side, all others on the other."""
+    ask = (sys.executable, "-m", "nox", "--session")
+    session.run(*ask, "lint", "--install-only")  # what both sides install is downloaded once
+    with TemporaryFile("w+") as said:  # and told in one piece
+        training = subprocess.Popen([*ask, *TRAINING], stdout=said, stderr=subprocess.STDOUT)
+        try:
+            session.run(*ask, *OTHERS)
+        finally:
+            status = training.wait()
+            said.seek(0)
+            print(said.read(), flush=True)
+    if status:
+        session.error(f"{', '.join(TRAINING)} failed: see above")
 
 
 STANDS_ALONE = (
@@ -222,24 +255,23 @@ def marked(session: nox.Session, marker: str, *where: str) -> None:
 
 
 @nox.session
-@nox.parametrize("package", PACKAGES, ids=PACKAGES)
-def build(session: nox.Session, package: str) -> None:
-    """Sdist, and the wheel made from it; then what an installed wheel holds and answers, far from the checkout."""
+def build(session: nox.Session) -> None:
+    """Sdists, and the wheels made of them; then what each installed wheel holds and answers, far from the checkout."""
     prepare(session, group="build")
-    dist = Path(session.create_tmp()) / "dist"
+    dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    for name in dict.fromkeys(("miles-core", package)):  # a plugin's wheel needs this checkout's core beside it
-        session.run("uv", "build", name, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
+    for package in PACKAGES:
+        session.run("uv", "build", package, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
                     "--build-constraints", "constraints.txt")  # fmt: skip
     session.run("twine", "check", "--strict", *map(str, sorted(dist.glob("*.[wt]*"))))
-    wheels = sorted(map(str, dist.glob("*.whl")))
-    for wheel in wheels:
-        session.log(f"{Path(wheel).name}: {', '.join(sorted(ZipFile(wheel).namelist()))}")
     fresh = str(Path(session.create_tmp()).resolve() / "installed")
-    session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, fresh)
-    session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *wheels)
-    with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
-        session.run(f"{fresh}/bin/miles", "plugins", external=True)
+    for package in PACKAGES:
+        both = [next(dist.glob(f"{name.replace('-', '_')}-*.whl")) for name in dict.fromkeys(("miles-core", package))]
+        session.log(f"{both[-1].name}: {', '.join(sorted(ZipFile(both[-1]).namelist()))}")
+        session.run("uv", "venv", "--clear", "--quiet", "--python", sys.executable, fresh)
+        session.run("uv", "pip", "install", "--quiet", "--python", fresh, *CONSTRAINTS, *map(str, both))
+        with session.chdir(session.create_tmp()):  # where no checkout could stand in for a file the wheel lacks
+            session.run(f"{fresh}/bin/miles", "plugins", external=True)
 
 
 def wheels(session: nox.Session, *folders: str) -> list[Path]:

@@ -58,12 +58,14 @@ class TensorChecks(LayoutChecks):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 class TestPairsOnSeveralRanks(TensorChecks):
     plugin = DPO
     settings = PAIRS
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 class TestDemonstrationsOnSeveralRanks(TensorChecks):
     plugin = SFT
     settings = {"data.responses": ["answer"], "batch.group_size": 1, "placement.engines": 0}

@@ -45,6 +45,7 @@ class TestWhitened(AlgorithmChecks):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
 class TestOnSeveralRanks(LayoutChecks):
     plugin = GRPO
     keys = {"variant": "reinforce_pp_baseline"}  # whitens over the tokens of all ranks

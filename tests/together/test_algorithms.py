@@ -23,7 +23,7 @@ WITHOUT_ENGINE = ("placement.engines=0", "eval.every=3", "batch.updates=1")
 
 
 @pytest.fixture(scope="module")
-def go(runs):
+def go(runs, one_ray):
     """``go("ppo", "name", "key=value", ...)``: an example made small; returns the metrics of each step."""
     for name in ("ppo", "dpo", "sft"):
         shutil.copy(REVERSE / f"{name}.toml", runs.folder)

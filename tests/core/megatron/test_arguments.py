@@ -168,7 +168,17 @@ def test_an_empty_table_asks_nobody(model: Path) -> None:
 # -- asking Megatron -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["apart", "here"])
+def where_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-LM is asked in a process of its own, or in this one, which has loaded it."""
+    if request.param == "here":
+        arguments._parser()
+    else:
+        monkeypatch.delitem(sys.modules, "megatron.training.arguments", raising=False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("where_asked")
 def test_every_fault_at_once(model: Path) -> None:
     table = {
         "tensor_paralel_size": 2,
@@ -195,3 +205,13 @@ def test_megatron_has_the_last_word(model: Path) -> None:
     assert arguments.check(good, run(model)) == []
     ((key, said),) = arguments.check({"recompute_granularity": "full"}, run(model))
     assert key == "megatron.recompute_granularity" and "recompute_method must be" in said
+
+
+@pytest.mark.slow
+def test_the_parser_that_is_made_once_forgets_what_it_was_asked(model: Path) -> None:
+    def parsed(**table) -> dict:
+        return vars(arguments.parse(arguments.settings(table, run(model), hf.architecture(hf.read(model))), 2))
+
+    first, other, again = parsed(), parsed(recompute_modules=["mlp"], bf16=True, eval_interval=7), parsed()
+    assert first == again != other
+    assert not [key for key in first if isinstance(first[key], list | dict) and first[key] is again[key]]

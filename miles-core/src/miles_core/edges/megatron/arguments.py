@@ -14,6 +14,8 @@ import subprocess
 import sys
 import traceback
 import warnings
+from copy import deepcopy
+from functools import cache
 from typing import Any, NoReturn
 
 from ...config import RunConfig, suggest
@@ -82,7 +84,9 @@ class _Parser(argparse.ArgumentParser):
         raise ArgumentError(message)
 
 
+@cache
 def _parser() -> _Parser:
+    """Made once: Megatron-LM reads the sources of its own classes for it, which takes a third of a second."""
     from . import device
 
     device.install()
@@ -126,7 +130,7 @@ def parse(values: dict[str, Value], world: int) -> argparse.Namespace:
     parser = _parser()
     options = _options(parser)
     words = [word for key, value in values.items() for word in _words(key, value, options)]
-    args = parser.parse_args(words)
+    args = deepcopy(parser.parse_args(words))  # no list in it is the parser's own default, which Megatron-LM may change
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
     args.rank, args.world_size = 1, world  # any rank but 0, which prints
     _validate(args, values)
@@ -186,6 +190,8 @@ def _ask(table: dict[str, Value], run: RunConfig, validate: bool) -> list[Compla
     """``complaints`` in a process of its own. An empty table needs none: all the rest was checked already."""
     if not table:
         return []
+    if "megatron.training.arguments" in sys.modules:  # as where ranks are threads: it is loaded here already
+        return complaints(table, run, validate)
     question = json.dumps({"table": table, "run": run.model_dump(mode="json"), "validate": validate})
     answer = subprocess.run(
         [sys.executable, "-m", __name__], input=question, capture_output=True, text=True, check=False

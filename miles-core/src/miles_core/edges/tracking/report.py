@@ -6,15 +6,19 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..room import Room
 from .curve import STYLE, Curve, draw, spark
 from .files import explained, replace
 from .metrics import History
 from .record import WHOLE, Record, duration, number, printable, timing
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 NAME = "report.html"
 LIBRARIES = ("torch", "megatron-core", "ray", "transformers", "sglang")
@@ -66,8 +70,9 @@ def write(record: Record, room: Room) -> Path:
     return path
 
 
-def render(record: Record) -> str:
-    """The report as HTML, every value escaped."""
+@cache
+def template() -> Template:
+    """Of the page, compiled once; every value is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -79,7 +84,15 @@ def render(record: Record) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finish
     )
     page.filters |= {"svg": Markup, "number": number}
-    return page.get_template("report.html.j2").render(
+    made: Template = page.get_template("report.html.j2")
+    return made
+
+
+def render(record: Record) -> str:
+    """The report as HTML."""
+    from markupsafe import Markup
+
+    return template().render(
         record=record,
         style=Markup(STYLE),
         name=record.run_dir.absolute().name,
