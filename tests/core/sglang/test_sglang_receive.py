@@ -7,8 +7,11 @@ import json
 import pickle
 import pickletools
 import sys
+import threading
+import time
 from base64 import b64decode
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -128,17 +131,28 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture
-def sending() -> Iterator[Sending]:
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=LIMIT, wait_for_workers=False)
+
+
+@pytest.fixture
+def sending(store: dist.TCPStore) -> Iterator[Sending]:
     """Four buckets, in a group of one."""
     name = f"miles-{next(RANKS)}-alone"
     enter_group("gloo", f"tcp://127.0.0.1:{free_port('127.0.0.1')}", 1, 0, name)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=LIMIT, wait_for_workers=False)
     sending = Sending(name, "127.0.0.1", store.port, 1, 64, LIMIT.total_seconds())
     for i in range(4):
         store.set(sending.key(i), note(Lone(f"t{i}", torch.zeros(10)).places))
     store.set(sending.key(4), note([]))
     yield sending
     leave(name)
+
+
+def until(condition: Callable[[], bool], patience_s: float = 10) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def leave(name: str) -> None:
@@ -170,8 +184,7 @@ def test_buffers_are_gone_with_the_group(sending: Sending) -> None:
     assert model.names == [f"t{i}" for i in range(4)]
     assert [left.at for left in receive._receivers.values()] == ["at bucket 3, t3"]
     leave(sending.group)
-    gc.collect()
-    assert not receive._receivers
+    until(lambda: not gc.collect() and not receive._receivers)  # its thread may be at the end of the update yet
 
 
 def test_a_group_that_was_left_is_named(sending: Sending) -> None:
@@ -199,3 +212,21 @@ def test_a_sender_that_is_gone_is_waited_for_no_longer_than_the_limit(sending: S
         RuntimeError, match=r"before the first bucket, in group miles-.*the next bucket was not sent within 0\.2 s"
     ):
         receive.receive(Model(), opened(late))
+
+
+def test_an_update_that_is_not_the_one_sent_is_not_loaded(sending: Sending) -> None:
+    model = Model()
+    receiver = receive.receiver_of(receive._joined(sending.group), sending, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="it is of update 1, and update 2 was to be loaded"):
+        receiver.load(model, replace(sending, number=2))
+    assert not model.names
+
+
+def test_a_rank_that_leaves_the_group_ends_a_load_and_the_thread(sending: Sending, store: dist.TCPStore) -> None:
+    late, before = replace(sending, number=2), set(threading.enumerate())
+    receive.receive(Model(), opened(sending))
+    [thread] = set(threading.enumerate()) - before
+    store.set(late.key(0), receive.OVER)
+    with pytest.raises(RuntimeError, match="before the first bucket, in group miles-.*its rank left the group"):
+        receive.receive(Model(), opened(late))
+    until(lambda: not thread.is_alive())

@@ -237,7 +237,7 @@ def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_hangs(
     assert time.monotonic() - began < 0.3 and work.waited and last.tensor is None
     transport.send(iter(tensors(seed=1).items()), False, [""])
     assert_arrived(engine, tensors(seed=1))
-    assert time.monotonic() - began > (0.5 if arrives else 5.0)
+    assert time.monotonic() - began > (0.5 if arrives else 4.0)
     assert (list(engine.groups) == [first]) is arrives
     assert ("last: their broadcast hangs, and is given up" in capsys.readouterr().out) is not arrives
     transport.close()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,7 @@ AHEAD = 8  # buckets that the GPU was given and has not sent
 LEAVE_S = 5.0  # for engines to leave a group
 LOOK_S = 0.0002  # between two looks whether a broadcast is over that is waited for
 LAST_S = 0.05  # and whether one is that nobody waits for
+PATIENCE = 0.8  # of a group's time limit: when that is over, PyTorch ends the process
 
 Answers = list[tuple[Worker, Future[Any]]]
 
@@ -41,6 +42,7 @@ class Sent:
     tensor: Tensor | None  # until what comes next waits for it
     work: Any  # of the broadcast
     on_gpu: bool
+    posted: float = field(default_factory=time.monotonic)
 
 
 class BroadcastTransport:
@@ -85,8 +87,7 @@ class BroadcastTransport:
 
         Raises TransportError naming the tensors and the engine; the group is given up then.
         """
-        while self._last and self._group is not None and not self._last.work.is_completed():
-            time.sleep(LOOK_S)  # a step ago; see ``_watch``
+        self._finish()
         sent = tensors_sent = 0
         under_way: deque[Sent] = deque()
         before: Sent | None = None
@@ -120,6 +121,7 @@ class BroadcastTransport:
     def close(self) -> None:
         """Leave the group, as the engines do that still are in it, and end the thread. May be called twice, and
         without ``connect``."""
+        self._finish()
         if self._group is not None:
             self._leave()
             self._dismiss(self._engines)
@@ -182,7 +184,7 @@ class BroadcastTransport:
 
     def _leave(self) -> None:
         """Give the group up, without asking anybody: engines that still are in it may be gone."""
-        group, self._group = self._group, None
+        group, self._group, self._last = self._group, None, None
         if group is not None:
             group.abort() if hasattr(group, "abort") else None
         if self._notes and (last := self._sending):  # whichever of these is waited for
@@ -250,11 +252,15 @@ class BroadcastTransport:
             self._pass(self._last)
             asyncio.run_coroutine_threadsafe(self._watch(self._group, self._last), self._loop)
 
+    def _finish(self) -> None:
+        """Wait until the last update was sent, or ``_watch`` gave it up; mostly that is a step ago."""
+        while (last := self._last) and not last.work.is_completed():
+            time.sleep(LOOK_S)
+
     async def _watch(self, group: Any, last: Sent) -> None:
         """Give the group up where an engine that had said so is gone: this rank's GPU would wait for it for ever."""
-        deadline = time.monotonic() + self._timeout
         while self._group is group and not last.work.is_completed():
-            if time.monotonic() > deadline:
+            if self._hangs(last):
                 print(f"{names_of(last.places)}: their broadcast hangs, and is given up", flush=True)
                 self._leave()
             await asyncio.sleep(LAST_S)
@@ -262,10 +268,9 @@ class BroadcastTransport:
     def _arrive(self, sent: Sent) -> None:
         """Wait until a bucket was sent, and so all before it. Raises TransportError, with an engine's fault if there is
         one: the broadcast itself might wait for ever for one that is gone."""
-        deadline = time.monotonic() + self._timeout
         while not sent.work.is_completed():
             self._check(sent)
-            if time.monotonic() > deadline:
+            if self._hangs(sent):
                 raise TransportError(f"{names_of(sent.places)}: their broadcast hangs, and no engine says why")
             time.sleep(LOOK_S)
         try:
@@ -274,6 +279,9 @@ class BroadcastTransport:
             wait([load for _, load in self._loads], LEAVE_S, FIRST_EXCEPTION)
             self._check(sent)
             raise TransportError(f"{names_of(sent.places)} were not sent: {error}") from error
+
+    def _hangs(self, sent: Sent) -> bool:
+        return time.monotonic() - sent.posted > PATIENCE * self._timeout
 
     def _check(self, sent: Sent) -> None:
         """Raises TransportError with the first fault of an engine, found while ``sent`` was on its way."""

@@ -43,6 +43,7 @@ from .bucket import Place, names_of
 from .copies import Copies, Watch
 
 SWITCH_S = 1e-4  # after which a thread gives Python's lock to one that waits for it
+SLOTS = 2  # buffers: one is received into while the other is copied out of
 OVER = ""  # a note by which nothing is sent in its group any more
 LOOK = timedelta(hours=1)  # for a sender that left a group to have said so: PyTorch complains about every wait in vain
 
@@ -94,10 +95,16 @@ def places_of(note: bytes) -> list[Place]:
 class Slot:
     """A buffer, and what was made of it."""
 
-    once: bool = False  # it holds one tensor, larger than a bucket, and goes with it
-    buffer: Tensor | None = None
+    buffer: Tensor | None = None  # [bucket_bytes] uint8
+    large: Tensor | None = None  # [bytes] uint8, in its place for a tensor that is larger
     loaded: torch.cuda.Event | None = None  # behind the last copy out of it
     given: list[tuple[str, Any]] = field(default_factory=list)  # names, and weak references to tensors in it
+
+    def holds(self, size: int) -> Tensor:
+        """[size] uint8: what is received into it."""
+        buffer = self.buffer if self.large is None else self.large
+        assert buffer is not None
+        return buffer[:size]
 
     def take_back(self) -> None:
         """Raises RuntimeError where what was given is still wanted."""
@@ -114,14 +121,19 @@ class Bucket:
     number: int  # in that update
     note: bytes
     places: list[Place]  # none: it stands for the end of what is sent
-    flat: Tensor  # [bytes] uint8
     slot: Slot
     arrived: torch.cuda.Event | None
 
+    @property
+    def flat(self) -> Tensor:
+        """[bytes] uint8; until it is given back."""
+        return self.slot.holds(self.places[-1].end)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each by its name. It is gone once the bucket after the next one is asked for."""
+        flat = self.flat
         for place in self.places:
-            tensor = self.flat[place.start : place.end].view(place.dtype).view(place.shape)
+            tensor = flat[place.start : place.end].view(place.dtype).view(place.shape)
             self.slot.given.append((place.name, ref(tensor)))
             yield place.name, tensor
 
@@ -134,12 +146,14 @@ class Receiver:
         # Before the copies, which would fill the GPU: a broadcast that cannot start keeps every other receiver waiting.
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
+        if self._stream:  # buffers are of this stream: whoever had their memory before was told so by now
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._arrived: SimpleQueue[Bucket | Exception] = SimpleQueue()
         self._copies = Copies()
         self._at = ""
-        for slot in (Slot(), Slot()):
-            self._free.put(slot)
+        for _ in range(SLOTS):
+            self._free.put(Slot())
 
     @property
     def at(self) -> str:
@@ -150,6 +164,7 @@ class Receiver:
 
     def load(self, model: Any, sending: Sending) -> None:
         """Load all that is sent. On a GPU it is only begun when this returns; see above. Raises RuntimeError."""
+        self._at = ""
         self._copies.check(model)
         while bucket := self._next(sending):
             if known := self._copies.known(bucket.note):
@@ -193,9 +208,7 @@ class Receiver:
             return None
         self._at = f"at bucket {bucket.number}, {names_of(bucket.places)}"
         if bucket.arrived:
-            here = torch.cuda.current_stream(self._device)
-            here.wait_event(bucket.arrived)
-            bucket.flat.record_stream(here)
+            torch.cuda.current_stream(self._device).wait_event(bucket.arrived)
         return bucket
 
     def _give_back(self, bucket: Bucket) -> None:
@@ -204,8 +217,7 @@ class Receiver:
         if bucket.arrived:
             bucket.slot.loaded = bucket.slot.loaded or torch.cuda.Event()  # type: ignore[no-untyped-call]
             bucket.slot.loaded.record()
-        if not bucket.slot.once:
-            self._free.put(bucket.slot)
+        self._free.put(bucket.slot)
 
     # -- in the thread -------------------------------------------------------------------------------------------
 
@@ -214,32 +226,40 @@ class Receiver:
         known = self._copies.known(note)
         places = known.places if known else places_of(note)
         if not places:
-            self._arrived.put(Bucket(update, number, note, places, torch.empty(0), Slot(), None))
+            self._arrived.put(Bucket(update, number, note, places, Slot(), None))
+            for slot in [self._slot(sending) for _ in range(SLOTS)]:  # what is large in them goes now
+                self._free.put(slot)
             return False
-        size = places[-1].end
-        slot = Slot(once=True) if size > sending.bucket_bytes else self._slot(sending)
-        if slot.buffer is None:
-            slot.buffer = torch.empty(max(size, sending.bucket_bytes), dtype=torch.uint8, device=self._device)
-        flat = slot.buffer[:size]
-        self._arrived.put(Bucket(update, number, note, places, flat, slot, self._receive(group, slot, flat)))
+        slot, size = self._slot(sending), places[-1].end
+        if size > sending.bucket_bytes:
+            slot.large = self._new(size)
+        elif slot.buffer is None:
+            slot.buffer = self._new(sending.bucket_bytes)
+        arrived = self._receive(group, slot.holds(size))
+        self._arrived.put(Bucket(update, number, note, places, slot, arrived))
         return True
 
     def _slot(self, sending: Sending) -> Slot:
+        """One that may be received into: what the stream is told next comes behind the copies out of it."""
         try:
-            return self._free.get(timeout=sending.timeout_s)
+            slot = self._free.get(timeout=sending.timeout_s)
         except Nothing:
             raise RuntimeError(f"of what was received nothing was loaded within {sending.timeout_s:g} s") from None
+        if self._stream and slot.loaded:
+            self._stream.wait_event(slot.loaded)
+        slot.large = None  # its memory is the stream's again
+        return slot
 
-    def _receive(self, group: dist.ProcessGroup, slot: Slot, flat: Tensor) -> torch.cuda.Event | None:
-        """Fill ``flat``, of the slot's buffer; on a GPU that is done behind what is returned."""
+    def _new(self, size: int) -> Tensor:
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _receive(self, group: dist.ProcessGroup, flat: Tensor) -> torch.cuda.Event | None:
+        """Fill ``flat``; on a GPU that is done behind what is returned."""
         if self._stream is None:
             dist.broadcast(flat, group=group, group_src=0)
             return None
         with torch.cuda.stream(self._stream):
-            if slot.loaded:
-                self._stream.wait_event(slot.loaded)
-            else:
-                self._stream.wait_stream(torch.cuda.default_stream(self._device))  # for whoever had its memory before
             dist.broadcast(flat, group=group, group_src=0)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
@@ -286,13 +306,16 @@ def receiver_of(group: dist.ProcessGroup, sending: Sending, device: torch.device
         # The scheduler looks for requests without a pause, and would keep Python's lock to itself for 5 ms at a time.
         sys.setswitchinterval(SWITCH_S)
         receiver = _receivers[group] = Receiver(device)
-        threading.Thread(target=_ahead, args=(ref(receiver), ref(group), sending), name="weights", daemon=True).start()
+        known = ref(receiver), ref(group), sending, device
+        threading.Thread(target=_ahead, args=known, name="weights", daemon=True).start()
     return receiver
 
 
-def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Sending) -> None:
+def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Sending, device: torch.device) -> None:
     """Have every bucket received that is sent in the group, of this update and all behind it. Ends with the group."""
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has one of its own
         limit = timedelta(seconds=sending.timeout_s)
         notes = TCPStore(sending.host, sending.port, is_master=False, timeout=limit, wait_for_workers=False)
         for update in count(sending.number):
@@ -305,7 +328,7 @@ def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Send
                 if here is None or joined is None:
                     return
                 if not (note := notes.get(key)):
-                    return
+                    return here.fail(RuntimeError("its rank left the group"))
                 goes_on = here.take(joined, sending, update, number, note)
                 del here, joined  # or they stay as long as nothing is sent
                 if not goes_on:
