@@ -141,11 +141,15 @@ def sending(store: dist.TCPStore) -> Iterator[Sending]:
     name = f"miles-{next(RANKS)}-alone"
     enter_group("gloo", f"tcp://127.0.0.1:{free_port('127.0.0.1')}", 1, 0, name)
     sending = Sending(name, "127.0.0.1", store.port, 1, 64, LIMIT.total_seconds())
+    write(store, sending)
+    yield sending
+    leave(name)
+
+
+def write(store: dist.TCPStore, sending: Sending) -> None:
     for i in range(4):
         store.set(sending.key(i), note(Lone(f"t{i}", torch.zeros(10)).places))
     store.set(sending.key(4), note([]))
-    yield sending
-    leave(name)
 
 
 def until(condition: Callable[[], bool], patience_s: float = 10) -> None:
@@ -212,6 +216,18 @@ def test_a_sender_that_is_gone_is_waited_for_no_longer_than_the_limit(sending: S
         RuntimeError, match=r"before the first bucket, in group miles-.*the next bucket was not sent within 0\.2 s"
     ):
         receive.receive(Model(), opened(late))
+
+
+def test_two_buckets_are_received_ahead_of_the_call(sending: Sending, store: dist.TCPStore) -> None:
+    receive.receive(Model(), opened(sending))
+    later, model = replace(sending, number=2), Model()
+    write(store, later)
+    [receiver] = receive._receivers.values()
+    until(lambda: receiver._arrived.qsize() == receive.SLOTS == 2)
+    time.sleep(0.2)
+    assert receiver._arrived.qsize() == 2  # and no third one, for which there is no buffer
+    receive.receive(model, opened(later))
+    assert model.names == [f"t{i}" for i in range(4)]
 
 
 def test_an_update_that_is_not_the_one_sent_is_not_loaded(sending: Sending) -> None:
