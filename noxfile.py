@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from zipfile import ZipFile
@@ -258,11 +259,7 @@ def marked(session: nox.Session, marker: str, *where: str) -> None:
 def build(session: nox.Session) -> None:
     """Sdists, and the wheels made of them; then what each installed wheel holds and answers, far from the checkout."""
     prepare(session, group="build")
-    dist = Path(session.create_tmp()).resolve() / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    for package in PACKAGES:
-        session.run("uv", "build", package, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
-                    "--build-constraints", "constraints.txt")  # fmt: skip
+    dist = built(session, PACKAGES)
     session.run("twine", "check", "--strict", *map(str, sorted(dist.glob("*.[wt]*"))))
     fresh = str(Path(session.create_tmp()).resolve() / "installed")
     for package in PACKAGES:
@@ -274,13 +271,18 @@ def build(session: nox.Session) -> None:
             session.run(f"{fresh}/bin/miles", "plugins", external=True)
 
 
-def wheels(session: nox.Session, *folders: str) -> list[Path]:
+def built(session: nox.Session, folders: Iterable[str], *only: str) -> Path:
+    """Where their sdists and wheels are, and nothing else; ``--wheel`` for these alone."""
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for folder in folders:
-        session.run("uv", "build", folder, "--wheel", "--python", sys.executable, "--out-dir", str(dist),
-                    "--quiet", "--build-constraints", "constraints.txt")  # fmt: skip
-    return sorted(dist.glob("*.whl"))
+        session.run("uv", "build", folder, *only, "--python", sys.executable, "--out-dir", str(dist), "--quiet",
+                    "--build-constraints", "constraints.txt")  # fmt: skip
+    return dist
+
+
+def wheels(session: nox.Session, *folders: str) -> list[Path]:
+    return sorted(built(session, folders, "--wheel").glob("*.whl"))
 
 
 def trained(session: nox.Session, least: float, *keys: str) -> None:

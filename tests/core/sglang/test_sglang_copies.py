@@ -95,7 +95,7 @@ class Handed(Receiver):
 
         def arrive() -> None:
             for number, told in enumerate([*notes, note([]).encode()]):
-                self.take(None, sending, self.updates, number, told)  # type: ignore[arg-type]
+                self.take(None, sending, number, told)  # type: ignore[arg-type]
 
         thread = threading.Thread(target=arrive, daemon=True)
         thread.start()

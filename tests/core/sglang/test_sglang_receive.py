@@ -222,7 +222,7 @@ def test_two_buckets_are_received_ahead_of_the_call(sending: Sending, store: dis
     receive.receive(Model(), opened(sending))
     later, model = replace(sending, number=2), Model()
     write(store, later)
-    [receiver] = receive._receivers.values()
+    receiver = receive.receiver_of(receive._joined(sending.group), later, torch.device("cpu"))
     until(lambda: receiver._arrived.qsize() == receive.SLOTS == 2)
     time.sleep(0.2)
     assert receiver._arrived.qsize() == 2  # and no third one, for which there is no buffer

@@ -306,7 +306,7 @@ class Transport(Protocol):
 
     The driver brackets it: every engine is asked ``begin_update(version)``, every rank sends, then every engine is
     asked ``end_update()``, so that no engine serves mixed weights. A failure on the way ends in ``abort_update()``.
-    The answer to ``begin_update`` says which of its servers takes them, in a word that no other server has; that to
+    The answer to ``begin_update`` says which of its servers takes them, in a word that none after it has; that to
     ``end_update`` is the share of the time since the last one in which it had requests running.
     In layout "colocate" engines are asked ``sleep()`` before a training: to give it their memory, until weights arrive.
     """

@@ -221,12 +221,12 @@ class Receiver:
 
     # -- in the thread -------------------------------------------------------------------------------------------
 
-    def take(self, group: dist.ProcessGroup, sending: Sending, update: int, number: int, note: bytes) -> bool:
-        """Receive the bucket of which this is the note. False at the end of what is sent."""
+    def take(self, group: dist.ProcessGroup, sending: Sending, number: int, note: bytes) -> bool:
+        """Receive the bucket of which this is the note. False at the end of what is sent in the update."""
         known = self._copies.known(note)
         places = known.places if known else places_of(note)
         if not places:
-            self._arrived.put(Bucket(update, number, note, places, Slot(), None))
+            self._arrived.put(Bucket(sending.number, number, note, places, Slot(), None))
             for slot in [self._slot(sending) for _ in range(SLOTS)]:  # what is large in them goes now
                 self._free.put(slot)
             return False
@@ -236,7 +236,7 @@ class Receiver:
         elif slot.buffer is None:
             slot.buffer = self._new(sending.bucket_bytes)
         arrived = self._receive(group, slot.holds(size))
-        self._arrived.put(Bucket(update, number, note, places, slot, arrived))
+        self._arrived.put(Bucket(sending.number, number, note, places, slot, arrived))
         return True
 
     def _slot(self, sending: Sending) -> Slot:
@@ -319,8 +319,9 @@ def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Send
         limit = timedelta(seconds=sending.timeout_s)
         notes = TCPStore(sending.host, sending.port, is_master=False, timeout=limit, wait_for_workers=False)
         for update in count(sending.number):
+            sending = replace(sending, number=update)
             for number in count():
-                key = replace(sending, number=update).key(number)
+                key = sending.key(number)
                 while not _is_there(notes, key):
                     if receiver() is None:
                         return
@@ -329,7 +330,7 @@ def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Send
                     return
                 if not (note := notes.get(key)):
                     return here.fail(RuntimeError("its rank left the group"))
-                goes_on = here.take(joined, sending, update, number, note)
+                goes_on = here.take(joined, sending, number, note)
                 del here, joined  # or they stay as long as nothing is sent
                 if not goes_on:
                     break
