@@ -371,19 +371,22 @@ def processor_s():
 
 
 def test_plugins_answers_on_a_login_node_at_once():
+    """In a few times what its libraries take to load: how long that is, is the machine's affair."""
     code = "import sys; from miles_core.cli import main\ntry: main(['plugins'])\nexcept SystemExit: pass\n"
     code += (
         "heavy = {'torch', 'ray', 'megatron', 'transformers', 'sglang'} & sys.modules.keys(); assert not heavy, heavy"
     )
-    times = []
+    libraries = "import click, importlib.metadata, packaging.requirements, pluggy, pydantic; pydantic.BaseModel"
+    times = {code: [], libraries: []}
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # an installed package is compiled once, not at every start
     for _ in range(5):
-        began = processor_s()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-        times.append(processor_s() - began)
-        assert done.returncode == 0, done.stderr
-        assert all(name in done.stdout for name in BUILTIN)
-    assert min(times) < 0.5
+        for program, took in times.items():
+            began = processor_s()
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+            took.append(processor_s() - began)
+            assert done.returncode == 0, done.stderr
+            assert program is libraries or all(name in done.stdout for name in BUILTIN)
+    assert min(times[code]) < 2.5 * min(times[libraries])
 
 
 def test_hooks_prints_the_signature():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from miles_core.edges.protocols import EngineError
 from miles_core.edges.sglang import launch
-from miles_core.edges.sglang.process import free_port
+from miles_core.edges.sglang.process import ServerProcess, free_port
 from sglang_cases import SERVER, InProcess, calls, engine, engines, fault, live, push, until
 
 ENGINE = """
@@ -180,6 +180,21 @@ def test_a_server_that_dies_is_replaced_and_nothing_of_it_is_left(murder: Any) -
             assert not members(leader_of(first)) and len(members(leader_of(second))) == 4
             assert await worker.engine.address() == second.address != first.address  # version 0 is what is on disk
         assert not members(leader_of(second))
+
+    asyncio.run(go())
+
+
+def test_a_server_known_to_be_gone_is_not_alive() -> None:
+    """Its pipe closes first, and whoever asked in between took it for alive; many at once, since one is quick."""
+
+    async def once() -> None:
+        process = ServerProcess(["true"])
+        await process.ended.wait()
+        assert not process.alive
+
+    async def go() -> None:
+        for _ in range(12):
+            await asyncio.gather(*(once() for _ in range(8)))
 
     asyncio.run(go())
 

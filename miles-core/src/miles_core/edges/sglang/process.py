@@ -76,6 +76,7 @@ class ServerProcess:
             text = line.decode(errors="replace").rstrip()
             self._tail.append(text[:400])  # it prints all of its arguments in one line
             print(text, flush=True)
+        self._process.wait()  # the pipe closes a moment before its last process counts as ended
         with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             loop.call_soon_threadsafe(self.ended.set)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +176,8 @@ def _told(error: BaseException | None) -> str | None:
     """Why a run ended early, for a person."""
     if error is None:
         return None
+    import asyncio  # here, since `miles plugins` is quicker without
+
     if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
         return "It was interrupted."
     notes = [note for note in getattr(error, "__notes__", ()) if note]
