@@ -20,8 +20,9 @@ def both(version: int) -> wire.Tensors:
 
 async def running(worker: InProcess, n: int) -> None:
     """Wait until ``n`` requests have some tokens."""
-    while (await worker.engine.health())["running"] != n:
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(30):
+        while (await worker.engine.health())["running"] != n:
+            await asyncio.sleep(0.005)
     await asyncio.sleep(0.03)
 
 
