@@ -138,6 +138,71 @@ def test_a_server_that_dies_among_buckets_ends_the_send(
     assert_serves(served, one)
 
 
+def test_a_server_that_dies_behind_a_send_costs_the_rank_a_moment(
+    served: Served, one: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its GPU was told to receive the last bucket, and this rank's to send it, a second later."""
+    transport = BroadcastTransport(1, BUCKET, 20)
+    transport.connect([served.worker], one.model.layout)
+    push(served, one, transport, served.version + 1)
+    restarts, tensors = served.ask("health")["restarts"], list(one.model.export())
+
+    def late() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from tensors[:-1]
+        torch.cuda._sleep(4_000_000_000)
+        yield tensors[-1]
+
+    servers = [served.ask("begin_update", served.version + 1)]
+    began = time.monotonic()
+    transport.send(late(), verify=False, servers=servers)
+    assert time.monotonic() - began < 1
+    served.live().process.stop()
+    torch.cuda.synchronize()  # as the next step would
+    assert 1 < time.monotonic() - began < 20
+    assert "their broadcast hangs, and is given up" in capsys.readouterr().out
+    served.ask("abort_update")
+    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
+    push(served, one, transport, served.version + 1)
+    assert_serves(served, one)
+    transport.close()
+
+
+def test_a_server_that_dies_before_its_group_met_ends_the_send(
+    served: Served, one: Trainer, transport: BroadcastTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a group meet in its first broadcast, and NCCL waits for them without a limit."""
+    restarts, announce = served.ask("health")["restarts"], transport._announce
+
+    def dying(prove: bool) -> Any:
+        sending = announce(prove)
+        served.live().process.stop()
+        return sending
+
+    monkeypatch.setattr(transport, "_announce", dying)
+    servers = [served.ask("begin_update", served.version + 1)]
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="engine-0 did not load model"):
+        transport.send(one.model.export(), verify=False, servers=servers)
+    assert time.monotonic() - began < 20
+    monkeypatch.undo()
+    served.ask("abort_update")
+    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
+    push(served, one, transport, served.version + 1)
+    assert_serves(served, one)
+
+
+def test_groups_come_and_go_in_the_same_memory(served: Served, one: Trainer) -> None:
+    """Of the server, which takes buffers for each."""
+    free = []
+    for _ in range(8):
+        transport = BroadcastTransport(1, BUCKET, 60)
+        transport.connect([served.worker], one.model.layout)
+        push(served, one, transport, served.version + 1)
+        transport.close()
+        free.append(torch.cuda.mem_get_info(1)[0])
+    assert free[2] - free[-1] < 2 * BUCKET
+
+
 def member(rank: int, folder: str, left: Any) -> None:
     """One of two ranks of a group. The first is killed; the other leaves, as a server does when it is told to."""
     torch.cuda.set_device(rank)

@@ -245,6 +245,20 @@ def test_a_server_that_hangs_is_replaced() -> None:
     asyncio.run(go())
 
 
+def test_a_server_that_cannot_leave_a_group_is_replaced() -> None:
+    """Its GPU may wait for a broadcast of a rank that is gone, and its scheduler for its GPU."""
+
+    async def go() -> None:
+        async with engines("0.5.16", hang_s=0.4, timeout_s=600) as [worker]:
+            worker.engine._groups["group"] = await live(worker)
+            await fault(worker, hang=True)
+            with pytest.raises(EngineError):
+                await worker.engine.leave("group")
+            assert worker.engine._restarts == 1
+
+    asyncio.run(go())
+
+
 def test_a_scheduler_may_be_silent_while_it_takes_weights() -> None:
     async def go() -> None:
         async with engines("0.5.23", hang_s=0.2) as [worker]:

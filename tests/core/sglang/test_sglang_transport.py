@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miles_core.edges.protocols import TransportError, WorkerDied
-from miles_core.edges.sglang import bucket, wire
+from miles_core.edges.sglang import broadcast, bucket, wire
 from miles_core.edges.sglang.broadcast import BroadcastTransport, Sent
 from miles_core.edges.sglang.bucket import Flat, Place, buckets
 from miles_core.edges.sglang.handles import HandleTransport
@@ -240,6 +240,71 @@ def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_hangs(
     assert time.monotonic() - began > (0.5 if arrives else 4.0)
     assert (list(engine.groups) == [first]) is arrives
     assert ("last: their broadcast hangs, and is given up" in capsys.readouterr().out) is not arrives
+    transport.close()
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_hangs_behind_a_send_is_given_up_long_before_a_load_would_be(
+    closes: bool, sglang: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then every engine has answered, and one is gone if it hangs. Who closes does not wait even so long, and has
+    those that are left leave."""
+    monkeypatch.setattr(broadcast, "LEAVE_S" if closes else "TAIL_S", 0.3)
+    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 600)
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False, [""])
+    [first] = engine.groups
+    work = Work(began := time.monotonic(), math.inf)
+    last = Sent([Place("last", torch.uint8, torch.Size([1]), 0, 1)], torch.zeros(1), work, on_gpu=True)
+    transport._settle(deque([last]), turn=False)
+    if not closes:
+        transport.send(iter(tensors(seed=1).items()), False, [""])
+        assert first not in engine.groups
+    transport.close()
+    assert 0.3 < time.monotonic() - began < 5 and not engine.groups
+    transport.close()
+
+
+class Meeting:
+    """A group whose first broadcast is where its ranks meet, as NCCL's is."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.there = error, threading.Event()
+        self.real: Any = None  # the one that the engine entered, which it would hear of if it were gone
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> Any:
+        if self.error:
+            raise self.error
+        self.there.wait()
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("remote process exited")])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_group_that_never_meets_ends_the_send(
+    fails: bool, error: Exception | None, sglang: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL waits for ranks that are gone without a limit, or says so in words of its own."""
+    monkeypatch.setattr(broadcast, "LEAVE_S", 0.3)
+    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 2)
+    transport.connect([engine], LAYOUT)
+    meeting, enter = Meeting(error), broadcast._enter
+
+    def meet(*args: Any) -> Meeting:
+        meeting.real = enter(*args)
+        return meeting
+
+    engine.error = WorkerDied("engine-0 died during load") if fails else None
+    with monkeypatch.context() as patch:
+        patch.setattr(broadcast, "_enter", meet)
+        why = "engine-0 did not load .*died during load" if fails else "were not sent: remote" if error else "hangs"
+        began = time.monotonic()
+        with pytest.raises(TransportError, match=rf"layers\.0\.weight.*{why}" if not fails else why):
+            transport.send(iter(tensors().items()), False, [""])
+    assert time.monotonic() - began < (1 if fails or error else 3)
+    meeting.there.set()
+    meeting.real = engine.error = None
+    transport.send(iter(tensors().items()), False, [""])
+    assert_arrived(engine, tensors())
     transport.close()
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -29,6 +31,7 @@ AHEAD = 8  # buckets that the GPU was given and has not sent
 LEAVE_S = 5.0  # for engines to leave a group
 LOOK_S = 0.0002  # between two looks whether a broadcast is over that is waited for
 LAST_S = 0.05  # and whether one is that nobody waits for
+TAIL_S = 60.0  # for what is left of a send to be gone, once every GPU was told of all of it
 PATIENCE = 0.8  # of a group's time limit: when that is over, PyTorch ends the process
 
 Answers = list[tuple[Worker, Future[Any]]]
@@ -66,6 +69,7 @@ class BroadcastTransport:
         self._proving = Proving(every)
         self._flats = Flat(bucket_bytes), Flat(bucket_bytes)
         self._group: Any = None
+        self._met = False  # whether anything was broadcast in it
         self._name = ""
         self._sending: Sending | None = None  # the last update
         self._notes: TCPStore | None = None  # what is in buckets
@@ -121,11 +125,11 @@ class BroadcastTransport:
     def close(self) -> None:
         """Leave the group, as the engines do that still are in it, and end the thread. May be called twice, and
         without ``connect``."""
-        self._finish()
-        if self._group is not None:
+        self._finish(LEAVE_S)
+        if self._servers:  # also where the group was given up: a server may be in it yet
             self._leave()
             self._dismiss(self._engines)
-        self._notes = None
+        self._servers, self._notes = [], None
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
@@ -178,18 +182,22 @@ class BroadcastTransport:
                     raise TransportError(f"{engine.name} did not join {self._name}: {cause}") from cause
             where = f"rank {self._layout.rank} did not meet the engines at {host}:{port}"
             raise TransportError(f"{where}: {error}") from error
+        self._met = False
         for engine, join in joins:
             if cause := join.exception():
                 raise TransportError(f"{engine.name} did not join {self._name}: {cause}") from cause
 
     def _leave(self) -> None:
         """Give the group up, without asking anybody: engines that still are in it may be gone."""
-        group, self._group, self._last = self._group, None, None
-        if group is not None:
-            group.abort() if hasattr(group, "abort") else None
-        if self._notes and (last := self._sending):  # whichever of these is waited for
+        group, notes, self._group = self._group, self._notes, None
+        try:
+            if group is not None and hasattr(group, "abort"):
+                group.abort()
+        finally:
+            self._last = None
+        if notes and (last := self._sending):  # whichever of these is waited for
             for key in last.key(len(self._written)), replace(last, number=last.number + 1).key(0):
-                self._notes.set(key, OVER)
+                notes.set(key, OVER)
 
     def _dismiss(self, engines: list[Worker]) -> None:
         """Have engines leave the group, whose memory they would keep. One that cannot is no fault of an update."""
@@ -229,12 +237,34 @@ class BroadcastTransport:
         """Say what is in a bucket, and send it; both go on behind this call."""
         self._write(key, bucket.places)
         tensor = bucket.tensor
-        return Sent(bucket.places, tensor, self._group.broadcast(tensor, 0), tensor.is_cuda)
+        with self._sent(bucket.places):
+            work = self._group.broadcast(tensor, 0) if self._met else self._first(bucket.places, tensor)
+        return Sent(bucket.places, tensor, work, tensor.is_cuda)
+
+    def _first(self, places: list[Place], tensor: Tensor) -> Any:
+        """The first broadcast in a group. On GPUs its ranks meet in it, and NCCL waits for all of them without a limit:
+        so another thread does, which nobody waits for where an engine fails before it is there."""
+        begun: Future[Any] = Future()
+        group, stream = self._group, torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+        def begin() -> None:
+            try:
+                with torch.cuda.stream(stream) if stream else nullcontext():
+                    begun.set_result(group.broadcast(tensor, 0))
+            except Exception as error:
+                begun.set_exception(error)
+
+        threading.Thread(target=begin, name="weights", daemon=True).start()
+        self._until(begun.done, places, time.monotonic())
+        work = begun.result()
+        self._met = True
+        return work
 
     def _pass(self, sent: Sent) -> None:
         """Have what comes next wait until a bucket was sent: the GPU, not this thread, but where there is none."""
         if sent.on_gpu:
-            sent.work.wait()
+            with self._sent(sent.places):
+                sent.work.wait()
         else:
             self._arrive(sent)
         sent.tensor = None
@@ -243,7 +273,7 @@ class BroadcastTransport:
         """Wait until every engine has said that its GPU will load what was sent. All of it has been only where there
         is no GPU, and where another rank has its ``turn`` next."""
         wait([load for _, load in self._loads], return_when=FIRST_EXCEPTION)
-        self._check(under_way[0])
+        self._check(under_way[0].places)
         if turn or not under_way[0].on_gpu:
             for each in under_way:
                 self._arrive(each)
@@ -252,47 +282,60 @@ class BroadcastTransport:
             self._pass(self._last)
             asyncio.run_coroutine_threadsafe(self._watch(self._group, self._last), self._loop)
 
-    def _finish(self) -> None:
+    def _finish(self, patience_s: float = math.inf) -> None:
         """Wait until the last update was sent, or ``_watch`` gave it up; mostly that is a step ago."""
-        while (last := self._last) and not last.work.is_completed():
+        deadline = time.monotonic() + patience_s
+        while (last := self._last) and not last.work.is_completed() and time.monotonic() < deadline:
             time.sleep(LOOK_S)
 
     async def _watch(self, group: Any, last: Sent) -> None:
         """Give the group up where an engine that had said so is gone: this rank's GPU would wait for it for ever."""
+        limit = min(time.monotonic() + TAIL_S, self._limit(last.posted))
         while self._group is group and not last.work.is_completed():
-            if self._hangs(last):
-                print(f"{names_of(last.places)}: their broadcast hangs, and is given up", flush=True)
+            if time.monotonic() > limit:
                 self._leave()
+                print(f"{names_of(last.places)}: their broadcast hangs, and is given up", flush=True)
             await asyncio.sleep(LAST_S)
 
     def _arrive(self, sent: Sent) -> None:
-        """Wait until a bucket was sent, and so all before it. Raises TransportError, with an engine's fault if there is
-        one: the broadcast itself might wait for ever for one that is gone."""
-        while not sent.work.is_completed():
-            self._check(sent)
-            if self._hangs(sent):
-                raise TransportError(f"{names_of(sent.places)}: their broadcast hangs, and no engine says why")
-            time.sleep(LOOK_S)
-        try:
+        """Wait until a bucket was sent, and so all before it. Raises TransportError."""
+        self._until(sent.work.is_completed, sent.places, sent.posted)
+        with self._sent(sent.places):
             sent.work.wait()  # raises what went wrong with it
+
+    def _until(self, over: Callable[[], bool], places: list[Place], began: float) -> None:
+        """Wait for what needs every engine. Raises TransportError, with an engine's fault if there is one: it might
+        never be over without one that is gone."""
+        while not over():
+            self._check(places)
+            if time.monotonic() > self._limit(began):
+                raise TransportError(f"{names_of(places)}: their broadcast hangs, and no engine says why")
+            time.sleep(LOOK_S)
+
+    def _limit(self, began: float) -> float:
+        return began + PATIENCE * self._timeout
+
+    @contextmanager
+    def _sent(self, places: list[Place]) -> Iterator[None]:
+        """Has a broadcast that fails raise TransportError, with the fault of an engine that is gone if it is known in a
+        moment."""
+        try:
+            yield
         except RuntimeError as error:
             wait([load for _, load in self._loads], LEAVE_S, FIRST_EXCEPTION)
-            self._check(sent)
-            raise TransportError(f"{names_of(sent.places)} were not sent: {error}") from error
+            self._check(places)
+            raise TransportError(f"{names_of(places)} were not sent: {error}") from error
 
-    def _hangs(self, sent: Sent) -> bool:
-        return time.monotonic() - sent.posted > PATIENCE * self._timeout
-
-    def _check(self, sent: Sent) -> None:
-        """Raises TransportError with the first fault of an engine, found while ``sent`` was on its way."""
+    def _check(self, places: list[Place]) -> None:
+        """Raises TransportError with the first fault of an engine, found while these were on their way."""
         for engine, load in self._loads:
             if load.done() and (cause := load.exception()):
-                raise TransportError(f"{engine.name} did not load {names_of(sent.places)}: {cause}") from cause
+                raise TransportError(f"{engine.name} did not load {names_of(places)}: {cause}") from cause
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:  # ends what is left behind
+        runner.get_loop().run_forever()
 
 
 def _enter(address: str, device: str, world: int, name: str, timeout_s: float) -> Any:

@@ -32,7 +32,7 @@ from math import prod
 from queue import Empty as Nothing
 from queue import SimpleQueue
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -145,9 +145,10 @@ class Receiver:
         self._device = device
         # Before the copies, which would fill the GPU: a broadcast that cannot start keeps every other receiver waiting.
         cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
+        self._stream = _stream(device) if cuda else None
         if self._stream:  # buffers are of this stream: whoever had their memory before was told so by now
             self._stream.wait_stream(torch.cuda.current_stream(device))
+            finalize(self, _streams.append, self._stream)
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._arrived: SimpleQueue[Bucket | Exception] = SimpleQueue()
         self._copies = Copies()
@@ -279,6 +280,19 @@ def _tensors(buckets: Iterator[Bucket], watch: Watch | None) -> Iterator[tuple[s
         if watch:
             watch.begin(bucket.note, bucket.places, bucket.flat)
         yield from bucket.tensors()
+
+
+_streams: list[torch.cuda.Stream] = []  # of receivers that are gone
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One that nobody receives on. Memory stays with the stream that it was first taken for, so what earlier receivers
+    left is found again on theirs; but not where a broadcast never came."""
+    for stream in _streams:
+        if stream.query():
+            _streams.remove(stream)
+            return stream
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 # By the group itself: what leaves it, or meets another one of that name, begins anew, and its buffers go with it.

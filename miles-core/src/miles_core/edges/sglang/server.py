@@ -259,7 +259,7 @@ class SGLangEngine:
 
     async def leave(self, name: str) -> None:
         if self._groups.pop(name, None) is (live := await self._live()):  # else that server is gone
-            await self._long(live, "/destroy_weights_update_group", {"group_name": name})
+            await live.call.post("/destroy_weights_update_group", {"group_name": name})
 
     async def checksums(self) -> dict[str, str]:
         """A hash of each parameter and buffer; see ``proof``. 0.5.16 has none without a GPU: raises EngineError."""
