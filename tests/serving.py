@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,15 @@ from miles_core.edges.sglang.launch import Live
 from miles_core.edges.sglang.server import SGLangEngine
 
 START_S = 400.0  # for a server to come up, kernels that it compiles included
+
+
+def until[T](condition: Callable[[], T], patience_s: float, what: str) -> T:
+    """The first true answer. Raises AssertionError with ``what`` when there is none in time."""
+    deadline = time.monotonic() + patience_s
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {patience_s:g} s"
+        time.sleep(0.05)
+    return answer
 
 
 class Turning:

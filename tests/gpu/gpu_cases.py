@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,14 +162,3 @@ def free_everywhere() -> int:
     """The same of every GPU, added up."""
     free()
     return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
-
-
-def until(condition: Callable[[], Any], patience_s: float, what: str) -> Any:
-    """The first true answer. Raises AssertionError with ``what`` when there is none in time."""
-    from time import monotonic, sleep
-
-    deadline = monotonic() + patience_s
-    while not (answer := condition()):
-        assert monotonic() < deadline, f"{what}: not within {patience_s:g} s"
-        sleep(0.2)
-    return answer

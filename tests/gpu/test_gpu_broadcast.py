@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_cases import Served, apart, assert_bounded, assert_whole, group, push, serving
-from gpu_cases import Trainer, run_of, trainer, until
+from gpu_cases import Trainer, run_of, trainer
 from miles_core.edges.protocols import TransportError
 from miles_core.edges.sglang.broadcast import BroadcastTransport
 from safetensors.torch import load_file
-from serving import keeping
+from serving import keeping, until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
@@ -54,6 +54,14 @@ def assert_serves(served: Served, one: Trainer) -> None:
     completions = served.generate(requests)
     assert_whole(requests, completions, served.version)
     assert apart(one, requests, completions) < APART
+
+
+def assert_replaced(served: Served, one: Trainer, transport: BroadcastTransport, restarts: int) -> None:
+    """A server that died in an update, once it was given up; after ``restarts`` others."""
+    served.ask("abort_update")
+    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
+    push(served, one, transport, served.version + 1)  # waits for the successor, and meets it in another group
+    assert_serves(served, one)
 
 
 def test_weights_arrive_by_broadcast_and_are_proved(
@@ -132,10 +140,7 @@ def test_a_server_that_dies_among_buckets_ends_the_send(
     with pytest.raises(TransportError, match="engine-0 did not load model"):
         transport.send(cut(), verify=False, servers=servers)
     assert time.monotonic() - began < 20
-    served.ask("abort_update")
-    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
-    push(served, one, transport, served.version + 1)  # waits for the successor, and meets it in another group
-    assert_serves(served, one)
+    assert_replaced(served, one, transport, restarts)
 
 
 def test_a_server_that_dies_behind_a_send_costs_the_rank_a_moment(
@@ -160,10 +165,7 @@ def test_a_server_that_dies_behind_a_send_costs_the_rank_a_moment(
     torch.cuda.synchronize()  # as the next step would
     assert 1 < time.monotonic() - began < 20
     assert "their broadcast hangs, and is given up" in capsys.readouterr().out
-    served.ask("abort_update")
-    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
-    push(served, one, transport, served.version + 1)
-    assert_serves(served, one)
+    assert_replaced(served, one, transport, restarts)
     transport.close()
 
 
@@ -185,10 +187,7 @@ def test_a_server_that_dies_before_its_group_met_ends_the_send(
         transport.send(one.model.export(), verify=False, servers=servers)
     assert time.monotonic() - began < 20
     monkeypatch.undo()
-    served.ask("abort_update")
-    until(lambda: served.ask("health")["restarts"] == restarts + 1, 20, "the server is replaced")
-    push(served, one, transport, served.version + 1)
-    assert_serves(served, one)
+    assert_replaced(served, one, transport, restarts)
 
 
 def test_groups_come_and_go_in_the_same_memory(served: Served, one: Trainer) -> None:

@@ -16,7 +16,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from gpu_cases import free_everywhere, until
+from gpu_cases import free_everywhere
+from serving import until
 from together.whole_runs import processes_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]

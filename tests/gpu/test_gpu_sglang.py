@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import Served, apart, assert_bounded, assert_whole, group, push, serving
-from gpu_cases import SHAPE, Trainer, free, pack, run_of, sequences, trainer, until
+from gpu_cases import SHAPE, Trainer, free, pack, run_of, sequences, trainer
 from miles_core.edges.protocols import EngineError, TransportError
 from miles_core.edges.sglang.handles import HandleTransport
 from miles_core.edges.sharing import HERE
+from serving import until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 

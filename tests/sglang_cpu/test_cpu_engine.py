@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from miles_core.edges.sglang.calls import Declined
 from miles_core.edges.sglang.process import states
 from miles_core.edges.sglang.receive import Sending
 from miles_core.types import Layout
-from serving import START_S, Served, keeping
+from serving import START_S, Served, keeping, until
 from together.whole_runs import processes_of
 
 pytestmark = [pytest.mark.sglang_cpu, pytest.mark.timeout(2 * START_S)]
@@ -36,18 +36,9 @@ def push(served: Served, transport: BroadcastTransport, weights: Weights, versio
     return told
 
 
-def until[T](condition: Callable[[], T], patience_s: float = 60) -> T:
-    """The first true answer."""
-    deadline = time.monotonic() + patience_s
-    while not (answer := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return answer
-
-
 def writing(served: Served, n: int) -> None:
     """Wait until ``n`` requests have some tokens."""
-    until(lambda: served.ask("health")["running"] == n)
+    until(lambda: served.ask("health")["running"] == n, 60, "requests run")
     time.sleep(0.5)
 
 
@@ -342,6 +333,8 @@ def test_what_is_not_the_model_on_disk_is_not_served_as_version_0(
 
 def test_nothing_is_left_when_the_engine_is_closed(served: Served, folder: Path) -> None:
     """Though its server's successor is just starting."""
-    groups = {os.getpgid(int(told.split()[0])) for told in until(lambda: processes_of(str(folder)))}
+    groups = {
+        os.getpgid(int(told.split()[0])) for told in until(lambda: processes_of(str(folder)), 60, "servers are there")
+    }
     served.ask("close")
     assert not any(living(group) for group in groups) and not processes_of(str(folder))

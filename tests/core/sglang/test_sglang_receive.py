@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from base64 import b64decode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import count
@@ -28,7 +28,7 @@ from miles_core.edges.sglang.process import free_port
 from miles_core.edges.sglang.receive import Sending, note, places_of
 from miles_core.types import Layout
 from run_server import digest, enter_group
-from serving import Served, serving
+from serving import Served, serving, until
 from sglang_cases import told
 from transport_cases import sglang, tensors
 
@@ -152,13 +152,6 @@ def write(store: dist.TCPStore, sending: Sending) -> None:
     store.set(sending.key(4), note([]))
 
 
-def until(condition: Callable[[], bool], patience_s: float = 10) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def leave(name: str) -> None:
     """As the server does when it is told to."""
     for group in [group for group, called in dist.distributed_c10d._world.pg_names.items() if called == name]:
@@ -188,7 +181,8 @@ def test_buffers_are_gone_with_the_group(sending: Sending) -> None:
     assert model.names == [f"t{i}" for i in range(4)]
     assert [left.at for left in receive._receivers.values()] == ["at bucket 3, t3"]
     leave(sending.group)
-    until(lambda: not gc.collect() and not receive._receivers)  # its thread may be at the end of the update yet
+    # Its thread may be at the end of the update yet.
+    until(lambda: not gc.collect() and not receive._receivers, 10, "the receiver is gone")
 
 
 def test_a_group_that_was_left_is_named(sending: Sending) -> None:
@@ -223,7 +217,7 @@ def test_two_buckets_are_received_ahead_of_the_call(sending: Sending, store: dis
     later, model = replace(sending, number=2), Model()
     write(store, later)
     receiver = receive.receiver_of(receive._joined(sending.group), later, torch.device("cpu"))
-    until(lambda: receiver._arrived.qsize() == receive.SLOTS == 2)
+    until(lambda: receiver._arrived.qsize() == receive.SLOTS == 2, 10, "two buckets are there")
     time.sleep(0.2)
     assert receiver._arrived.qsize() == 2  # and no third one, for which there is no buffer
     receive.receive(model, opened(later))
@@ -245,4 +239,4 @@ def test_a_rank_that_leaves_the_group_ends_a_load_and_the_thread(sending: Sendin
     store.set(late.key(0), receive.OVER)
     with pytest.raises(RuntimeError, match="before the first bucket, in group miles-.*its rank left the group"):
         receive.receive(Model(), opened(late))
-    until(lambda: not thread.is_alive())
+    until(lambda: not thread.is_alive(), 10, "the thread is gone")

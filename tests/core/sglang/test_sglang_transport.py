@@ -222,18 +222,38 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
     transport.close()
 
 
+@dataclass
+class Work:
+    """Of a broadcast on a GPU: to ``wait`` for it is a thing that the GPU does."""
+
+    began: float
+    takes_s: float
+    waited: bool = False
+
+    def is_completed(self) -> bool:
+        return time.monotonic() - self.began > self.takes_s
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def settle(transport: BroadcastTransport, takes_s: float) -> tuple[float, Work, Sent]:
+    """End a send whose last bucket is said to be on its way on a GPU, whose streams keep the order; from when on."""
+    work = Work(time.monotonic(), takes_s)
+    last = Sent([Place("last", torch.uint8, torch.Size([1]), 0, 1)], torch.zeros(1), work, on_gpu=True)
+    transport._settle(deque([last]), turn=False)
+    return work.began, work, last
+
+
 @pytest.mark.parametrize("arrives", [True, False])
 def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_hangs(
     arrives: bool, sglang: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on a GPU, whose streams keep the order. Here the last bucket is said to be on its way on one."""
     engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 5.0)
     transport.connect([engine], LAYOUT)
     transport.send(iter(tensors().items()), False, [""])
     [first] = engine.groups
-    work = Work(began := time.monotonic(), 0.5 if arrives else math.inf)
-    last = Sent([Place("last", torch.uint8, torch.Size([1]), 0, 1)], torch.zeros(1), work, on_gpu=True)
-    transport._settle(deque([last]), turn=False)
+    began, work, last = settle(transport, 0.5 if arrives else math.inf)
     assert time.monotonic() - began < 0.3 and work.waited and last.tensor is None
     transport.send(iter(tensors(seed=1).items()), False, [""])
     assert_arrived(engine, tensors(seed=1))
@@ -254,9 +274,7 @@ def test_what_hangs_behind_a_send_is_given_up_long_before_a_load_would_be(
     transport.connect([engine], LAYOUT)
     transport.send(iter(tensors().items()), False, [""])
     [first] = engine.groups
-    work = Work(began := time.monotonic(), math.inf)
-    last = Sent([Place("last", torch.uint8, torch.Size([1]), 0, 1)], torch.zeros(1), work, on_gpu=True)
-    transport._settle(deque([last]), turn=False)
+    began, _, _ = settle(transport, math.inf)
     if not closes:
         transport.send(iter(tensors(seed=1).items()), False, [""])
         assert first not in engine.groups
@@ -278,10 +296,20 @@ class Meeting:
         self.there.wait()
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("remote process exited")])
-@pytest.mark.parametrize("fails", [True, False])
+REFUSED = RuntimeError("remote process exited")
+
+
+@pytest.mark.parametrize(
+    ("dies", "error", "said", "limit_s"),
+    [
+        (True, None, r"engine-0 did not load layers\.0\.weight.*died during load", 1),
+        (True, REFUSED, r"engine-0 did not load layers\.0\.weight.*died during load", 1),
+        (False, REFUSED, r"layers\.0\.weight.* were not sent: remote process exited", 1),
+        (False, None, r"layers\.0\.weight.*: their broadcast hangs", 3),
+    ],
+)
 def test_a_group_that_never_meets_ends_the_send(
-    fails: bool, error: Exception | None, sglang: None, monkeypatch: pytest.MonkeyPatch
+    dies: bool, error: Exception | None, said: str, limit_s: float, sglang: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NCCL waits for ranks that are gone without a limit, or says so in words of its own."""
     monkeypatch.setattr(broadcast, "LEAVE_S", 0.3)
@@ -293,34 +321,17 @@ def test_a_group_that_never_meets_ends_the_send(
         meeting.real = enter(*args)
         return meeting
 
-    engine.error = WorkerDied("engine-0 died during load") if fails else None
-    with monkeypatch.context() as patch:
+    engine.error = WorkerDied("engine-0 died during load") if dies else None
+    began = time.monotonic()
+    with monkeypatch.context() as patch, pytest.raises(TransportError, match=said):
         patch.setattr(broadcast, "_enter", meet)
-        why = "engine-0 did not load .*died during load" if fails else "were not sent: remote" if error else "hangs"
-        began = time.monotonic()
-        with pytest.raises(TransportError, match=rf"layers\.0\.weight.*{why}" if not fails else why):
-            transport.send(iter(tensors().items()), False, [""])
-    assert time.monotonic() - began < (1 if fails or error else 3)
+        transport.send(iter(tensors().items()), False, [""])
+    assert time.monotonic() - began < limit_s
     meeting.there.set()
     meeting.real = engine.error = None
     transport.send(iter(tensors().items()), False, [""])
     assert_arrived(engine, tensors())
     transport.close()
-
-
-@dataclass
-class Work:
-    """Of a broadcast on a GPU: to ``wait`` for it is a thing that the GPU does."""
-
-    began: float
-    takes_s: float
-    waited: bool = False
-
-    def is_completed(self) -> bool:
-        return time.monotonic() - self.began > self.takes_s
-
-    def wait(self) -> None:
-        self.waited = True
 
 
 def test_a_rank_that_is_given_nothing_sends_nothing(sglang: None) -> None:

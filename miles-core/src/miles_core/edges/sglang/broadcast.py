@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -249,7 +249,7 @@ class BroadcastTransport:
 
         def begin() -> None:
             try:
-                with torch.cuda.stream(stream) if stream else nullcontext():
+                with torch.cuda.stream(stream):
                     begun.set_result(group.broadcast(tensor, 0))
             except Exception as error:
                 begun.set_exception(error)

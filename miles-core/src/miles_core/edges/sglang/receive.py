@@ -252,7 +252,7 @@ class Receiver:
         return slot
 
     def _new(self, size: int) -> Tensor:
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with torch.cuda.stream(self._stream):
             return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def _receive(self, group: dist.ProcessGroup, flat: Tensor) -> torch.cuda.Event | None:
