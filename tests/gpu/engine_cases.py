@@ -26,11 +26,16 @@ def arguments(folder: Path, table: dict[str, Any], layout: str) -> tuple[Any, ..
 
 @contextmanager
 def serving(
-    folder: Path, table: dict[str, Any], hang_s: float, layout: str = "colocate", words: tuple[str, ...] = ()
+    folder: Path,
+    table: dict[str, Any],
+    hang_s: float,
+    layout: str = "colocate",
+    words: tuple[str, ...] = (),
+    command: tuple[str, ...] = (),
 ) -> Iterator[Served]:
-    """``words`` are arguments that a run may not set."""
+    """``words`` are arguments that a run may not set, and ``command`` what starts the server if not its own module."""
     said, *rest = arguments(folder, table, layout)
-    with launched(((*said, *words), *rest), hang_s=hang_s) as served:
+    with launched(((*said, *words), *rest), hang_s=hang_s, command=command) as served:
         yield served
 
 

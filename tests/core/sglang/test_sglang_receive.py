@@ -175,11 +175,18 @@ def test_what_goes_with_the_request_is_all_in_it(sending: Sending) -> None:
     assert places_of(note(places).encode()) == places and places_of(note([]).encode()) == []
 
 
-def test_buffers_are_gone_with_the_group(sending: Sending) -> None:
+@pytest.mark.parametrize("fails", [True, False])
+def test_buffers_are_gone_with_the_group(fails: bool, sending: Sending, store: dist.TCPStore) -> None:
+    """Also where its thread failed after the last update."""
     model = Model()
     receive.receive(model, opened(sending))
     assert model.names == [f"t{i}" for i in range(4)]
-    assert [left.at for left in receive._receivers.values()] == ["at bucket 3, t3"]
+    [left] = receive._receivers.values()
+    assert left.at == "at bucket 3, t3"
+    if fails:
+        store.set(replace(sending, number=2).key(0), "no note")
+        until(left._arrived.qsize, 10, "what is wrong is there for the next call")
+    del left
     leave(sending.group)
     # Its thread may be at the end of the update yet.
     until(lambda: not gc.collect() and not receive._receivers, 10, "the receiver is gone")

@@ -23,6 +23,7 @@ from miles_core.edges.sglang.bucket import Flat, Place, buckets
 from miles_core.edges.sglang.handles import HandleTransport
 from miles_core.edges.sharing import HERE
 from miles_core.types import Layout
+from serving import until
 from transport_cases import HANDLES, LAYOUT, Engine, Late, assert_arrived, sglang, tensors
 
 __all__ = ["sglang"]  # a fixture
@@ -224,22 +225,28 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
 
 @dataclass
 class Work:
-    """Of a broadcast on a GPU: to ``wait`` for it is a thing that the GPU does."""
+    """Of a broadcast on a GPU: ``synchronize`` has the GPU wait for it, and ``wait`` whoever calls it."""
 
     began: float
     takes_s: float
+    error: Exception | None = None
     waited: bool = False
 
     def is_completed(self) -> bool:
         return time.monotonic() - self.began > self.takes_s
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self.waited = True
 
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.began + self.takes_s - time.monotonic()))
+        if self.error:
+            raise self.error
 
-def settle(transport: BroadcastTransport, takes_s: float) -> tuple[float, Work, Sent]:
+
+def settle(transport: BroadcastTransport, takes_s: float, error: Exception | None = None) -> tuple[float, Work, Sent]:
     """End a send whose last bucket is said to be on its way on a GPU, whose streams keep the order; from when on."""
-    work = Work(time.monotonic(), takes_s)
+    work = Work(time.monotonic(), takes_s, error)
     last = Sent([Place("last", torch.uint8, torch.Size([1]), 0, 1)], torch.zeros(1), work, on_gpu=True)
     transport._settle(deque([last]), turn=False)
     return work.began, work, last
@@ -260,6 +267,26 @@ def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_hangs(
     assert time.monotonic() - began > (0.5 if arrives else 4.0)
     assert (list(engine.groups) == [first]) is arrives
     assert ("last: their broadcast hangs, and is given up" in capsys.readouterr().out) is not arrives
+    transport.close()
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_failed(
+    sends: bool, sglang: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is a network in between, NCCL knows that the other end is gone."""
+    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 60)
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False, [""])
+    [first] = engine.groups
+    began, _, _ = settle(transport, 0.2, RuntimeError("remote process exited"))
+    if not sends:
+        until(lambda: transport._group is None, 1, "the group is given up")
+    transport.send(iter(tensors(seed=1).items()), False, [""])
+    assert_arrived(engine, tensors(seed=1))
+    assert 0.2 < time.monotonic() - began < 2 and first not in engine.groups
+    said = capsys.readouterr().out
+    assert said.count("last: their broadcast failed (remote process exited), and is given up") == 1
     transport.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import secrets
 import threading
 import time
@@ -28,11 +29,11 @@ from .proof import Proving
 from .receive import OVER, Sending, note
 
 AHEAD = 8  # buckets that the GPU was given and has not sent
+UNWATCHED = "TORCH_NCCL_BLOCKING_WAIT"  # by which PyTorch makes groups that have no watchdog, and block who waits
 LEAVE_S = 5.0  # for engines to leave a group
 LOOK_S = 0.0002  # between two looks whether a broadcast is over that is waited for
 LAST_S = 0.05  # and whether one is that nobody waits for
 TAIL_S = 60.0  # for what is left of a send to be gone, once every GPU was told of all of it
-PATIENCE = 0.8  # of a group's time limit: when that is over, PyTorch ends the process
 
 Answers = list[tuple[Worker, Future[Any]]]
 
@@ -78,6 +79,7 @@ class BroadcastTransport:
         self._servers: list[str] = []  # of these, that were told to enter the group
         self._loads: Answers = []  # of the update under way
         self._last: Sent | None = None  # of the update before: nobody waited until it was sent
+        self._leaving = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
@@ -127,8 +129,8 @@ class BroadcastTransport:
         without ``connect``."""
         self._finish(LEAVE_S)
         if self._servers:  # also where the group was given up: a server may be in it yet
+            self._dismiss(self._engines)  # first: this rank's network may still have the end of a broadcast to send
             self._leave()
-            self._dismiss(self._engines)
         self._servers, self._notes = [], None
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -189,12 +191,13 @@ class BroadcastTransport:
 
     def _leave(self) -> None:
         """Give the group up, without asking anybody: engines that still are in it may be gone."""
-        group, notes, self._group = self._group, self._notes, None
-        try:
-            if group is not None and hasattr(group, "abort"):
-                group.abort()
-        finally:
-            self._last = None
+        with self._leaving:
+            group, notes, self._group = self._group, self._notes, None
+            try:
+                if group is not None and hasattr(group, "abort"):
+                    group.abort()
+            finally:
+                self._last = None
         if notes and (last := self._sending):  # whichever of these is waited for
             for key in last.key(len(self._written)), replace(last, number=last.number + 1).key(0):
                 notes.set(key, OVER)
@@ -264,7 +267,7 @@ class BroadcastTransport:
         """Have what comes next wait until a bucket was sent: the GPU, not this thread, but where there is none."""
         if sent.on_gpu:
             with self._sent(sent.places):
-                sent.work.wait()
+                sent.work.synchronize()
         else:
             self._arrive(sent)
         sent.tensor = None
@@ -280,22 +283,41 @@ class BroadcastTransport:
         elif self._loop:
             self._last = under_way[-1]
             self._pass(self._last)
-            asyncio.run_coroutine_threadsafe(self._watch(self._group, self._last), self._loop)
+            asyncio.run_coroutine_threadsafe(self._watch(self._last), self._loop)
 
     def _finish(self, patience_s: float = math.inf) -> None:
         """Wait until the last update was sent, or ``_watch`` gave it up; mostly that is a step ago."""
         deadline = time.monotonic() + patience_s
-        while (last := self._last) and not last.work.is_completed() and time.monotonic() < deadline:
+        while (last := self._last) and not last.work.is_completed():
+            if time.monotonic() > deadline:
+                return
             time.sleep(LOOK_S)
+        if last:
+            self._conclude(last)
 
-    async def _watch(self, group: Any, last: Sent) -> None:
+    async def _watch(self, last: Sent) -> None:
         """Give the group up where an engine that had said so is gone: this rank's GPU would wait for it for ever."""
-        limit = min(time.monotonic() + TAIL_S, self._limit(last.posted))
-        while self._group is group and not last.work.is_completed():
+        limit = min(time.monotonic() + TAIL_S, last.posted + self._timeout)
+        while self._last is last and not last.work.is_completed():
             if time.monotonic() > limit:
-                self._leave()
-                print(f"{names_of(last.places)}: their broadcast hangs, and is given up", flush=True)
+                return self._conclude(last, "hangs")
             await asyncio.sleep(LAST_S)
+        self._conclude(last)
+
+    def _conclude(self, last: Sent, fault: str = "") -> None:
+        """Give the group up if there is a fault. Who comes second has nothing to do."""
+        with self._leaving:
+            if self._last is not last:
+                return
+            try:
+                if not fault:
+                    last.work.wait()  # raises what NCCL knows, which is something where a network was in between
+            except RuntimeError as error:
+                fault = f"failed ({str(error).partition('\n')[0]})"
+            if fault:
+                print(f"{names_of(last.places)}: their broadcast {fault}, and is given up", flush=True)
+                self._leave()
+            self._last = None
 
     def _arrive(self, sent: Sent) -> None:
         """Wait until a bucket was sent, and so all before it. Raises TransportError."""
@@ -308,12 +330,9 @@ class BroadcastTransport:
         never be over without one that is gone."""
         while not over():
             self._check(places)
-            if time.monotonic() > self._limit(began):
+            if time.monotonic() > began + self._timeout:
                 raise TransportError(f"{names_of(places)}: their broadcast hangs, and no engine says why")
             time.sleep(LOOK_S)
-
-    def _limit(self, began: float) -> float:
-        return began + PATIENCE * self._timeout
 
     @contextmanager
     def _sent(self, places: list[Place]) -> Iterator[None]:
@@ -342,11 +361,26 @@ def _enter(address: str, device: str, world: int, name: str, timeout_s: float) -
     """Rank 0 of a group outside the trainers' own, in the way SGLang enters it: same store, same keys."""
     from sglang.srt.utils import init_custom_process_group
 
-    return init_custom_process_group(
-        backend="nccl" if device == "cuda" else "gloo",
-        init_method=address,
-        timeout=timedelta(seconds=timeout_s),
-        world_size=world,
-        rank=0,
-        group_name=name,
-    )
+    with _unwatched():
+        return init_custom_process_group(
+            backend="nccl" if device == "cuda" else "gloo",
+            init_method=address,
+            timeout=timedelta(seconds=timeout_s),
+            world_size=world,
+            rank=0,
+            group_name=name,
+        )
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """A group of NCCL's that is made in here has no watchdog of PyTorch's. That would end this process, a minute after
+    an engine behind a network is gone, and long after the group was given up. What it looks for, the engine says."""
+    before = os.environ.get(UNWATCHED)
+    os.environ[UNWATCHED] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[UNWATCHED]
+        if before is not None:
+            os.environ[UNWATCHED] = before

@@ -150,7 +150,7 @@ class Receiver:
             self._stream.wait_stream(torch.cuda.current_stream(device))
             finalize(self, _streams.append, self._stream)
         self._free: SimpleQueue[Slot] = SimpleQueue()
-        self._arrived: SimpleQueue[Bucket | Exception] = SimpleQueue()
+        self._arrived: SimpleQueue[Bucket | str] = SimpleQueue()
         self._copies = Copies()
         self._at = ""
         for _ in range(SLOTS):
@@ -201,8 +201,8 @@ class Receiver:
             bucket = self._arrived.get(timeout=sending.timeout_s)
         except Nothing:
             raise RuntimeError(f"the next bucket was not sent within {sending.timeout_s:g} s") from None
-        if isinstance(bucket, Exception):
-            raise bucket
+        if isinstance(bucket, str):
+            raise RuntimeError(bucket)
         if bucket.update != sending.number:
             raise RuntimeError(f"it is of update {bucket.update}, and update {sending.number} was to be loaded")
         if not bucket.places:
@@ -266,8 +266,9 @@ class Receiver:
             arrived.record()
         return arrived
 
-    def fail(self, error: Exception) -> None:
-        self._arrived.put(error)
+    def fail(self, why: str) -> None:
+        """In words: the frames of an exception would keep the group, and that this."""
+        self._arrived.put(why)
 
 
 def _tensors(buckets: Iterator[Bucket], watch: Watch | None) -> Iterator[tuple[str, Tensor]]:
@@ -343,14 +344,14 @@ def _ahead(receiver: ref[Receiver], group: ref[dist.ProcessGroup], sending: Send
                 if here is None or joined is None:
                     return
                 if not (note := notes.get(key)):
-                    return here.fail(RuntimeError("its rank left the group"))
+                    return here.fail("its rank left the group")
                 goes_on = here.take(joined, sending, number, note)
                 del here, joined  # or they stay as long as nothing is sent
                 if not goes_on:
                     break
     except Exception as error:
         if here := receiver():
-            here.fail(error)
+            here.fail(f"{type(error).__name__}: {error}")
 
 
 def _is_there(notes: TCPStore, key: str) -> bool:
