@@ -182,7 +182,8 @@ def test_a_server_that_dies_behind_a_send_costs_the_rank_a_moment(
     served.live().process.stop()
     torch.cuda.synchronize()  # as the next step would
     assert 1 < time.monotonic() - began < 20
-    assert ", and is given up" in capsys.readouterr().out
+    said = list[str]()
+    until(lambda: said.append(capsys.readouterr().out) or ", and is given up" in "".join(said), 5, "it is given up")
     assert_replaced(served, one, transport, restarts)
     transport.close()
 
