@@ -161,14 +161,15 @@ def test_a_server_that_dies_among_buckets_ends_the_send(
 
 
 def test_a_server_that_dies_behind_a_send_costs_the_rank_a_moment(
-    served: Served, one: Trainer, capsys: pytest.CaptureFixture[str]
+    place: str, served: Served, one: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its GPU was told to receive the last bucket, and this rank's to send it, two seconds later."""
+    """Its GPU was told to receive the last bucket, and this rank's to send it, two seconds later. What is between two
+    GPUs may hold all of that, and it is sent; a network does not, and NCCL says so."""
     transport = BroadcastTransport(1, BUCKET, 20)
     transport.connect([served.worker], one.model.layout)
     push(served, one, transport, served.version + 1)
     restarts = served.ask("health")["restarts"]
-    tensors = sorted(one.model.export(), key=lambda named: named[1].nbytes)  # the last is more than a network holds
+    tensors = sorted(one.model.export(), key=lambda named: named[1].nbytes)
 
     def late() -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors[:-1]
@@ -183,7 +184,8 @@ def test_a_server_that_dies_behind_a_send_costs_the_rank_a_moment(
     torch.cuda.synchronize()  # as the next step would
     assert 1 < time.monotonic() - began < 20
     said = list[str]()
-    until(lambda: said.append(capsys.readouterr().out) or ", and is given up" in "".join(said), 5, "it is given up")
+    if place == "two_hosts":
+        until(lambda: said.append(capsys.readouterr().out) or "and is given up" in "".join(said), 5, "it is given up")
     assert_replaced(served, one, transport, restarts)
     transport.close()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from miles_core.edges.sglang.broadcast import UNWATCHED, BroadcastTransport, Sen
 from miles_core.edges.sglang.bucket import Place
 from miles_core.types import Layout
 from serving import until
-from transport_cases import LAYOUT, Engine, Late, assert_arrived, sglang, tensors
+from transport_cases import LAYOUT, Engine, Late, assert_arrived, enter_group, sglang, tensors
 
 __all__ = ["sglang"]  # a fixture
 
@@ -52,7 +52,7 @@ def test_an_engine_that_lost_its_group_is_met_again(sglang: None) -> None:
 
 @dataclass
 class Work:
-    """Of a broadcast on a GPU: ``synchronize`` has the GPU wait for it, and ``wait`` whoever calls it."""
+    """Of a broadcast on a GPU: the GPU's stream can wait for it, or whoever calls ``wait``."""
 
     began: float
     takes_s: float
@@ -62,12 +62,13 @@ class Work:
     def is_completed(self) -> bool:
         return time.monotonic() - self.began > self.takes_s
 
-    def synchronize(self) -> None:
+    def block_current_stream(self) -> None:
         self.waited = True
 
     def wait(self) -> None:
         time.sleep(max(0.0, self.began + self.takes_s - time.monotonic()))
         if self.error:
+            time.sleep(0.1)  # for another thread to be there too
             raise self.error
 
 
@@ -137,6 +138,16 @@ def test_what_hangs_behind_a_send_is_given_up_long_before_a_load_would_be(
     transport.close()
 
 
+def test_who_closes_has_engines_leave_first(sglang: None) -> None:
+    """A network may still have the end of the last update to send."""
+    engine, transport, left = Engine("engine-0"), BroadcastTransport(1, 120, 20), list[bool]()
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False, [""])
+    transport._group = SimpleNamespace(abort=lambda: left.append(not engine.groups))
+    transport.close()
+    assert left == [True]
+
+
 class Meeting:
     """A group whose first broadcast is where its ranks meet, as NCCL's is."""
 
@@ -180,7 +191,7 @@ def test_a_group_that_never_meets_ends_the_send(
     with monkeypatch.context() as patch, pytest.raises(TransportError, match=said):
         patch.setattr(broadcast, "_enter", meet)
         transport.send(iter(tensors().items()), False, [""])
-    assert time.monotonic() - began < limit_s
+    assert time.monotonic() - began < limit_s and not engine.killed
     meeting.there.set()
     meeting.real = engine.error = None
     transport.send(iter(tensors().items()), False, [""])
@@ -194,16 +205,14 @@ def test_groups_have_no_watchdog(before: str | None, sglang: None, monkeypatch: 
     monkeypatch.delenv(UNWATCHED, raising=False)
     if before:
         monkeypatch.setenv(UNWATCHED, before)
-    engine, transport, enter = Engine("engine-0"), BroadcastTransport(1, 120, 20), broadcast._unwatched
     seen = list[str]()
 
-    @contextmanager
-    def watched() -> Iterator[None]:
-        with enter():
-            yield
-            seen.append(os.environ[UNWATCHED])
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        seen.append(os.environ[UNWATCHED])
+        return enter_group(*args, **kwargs)
 
-    monkeypatch.setattr(broadcast, "_unwatched", watched)
+    monkeypatch.setattr(sys.modules["sglang.srt.utils"], "init_custom_process_group", enter)
+    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 20)
     transport.connect([engine], LAYOUT)
     transport.send(iter(tensors().items()), False, [""])
     assert seen == ["1"] and os.environ.get(UNWATCHED) == before

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from miles_core.edges.protocols import WorkerDied
 from miles_core.edges.sglang import wire
 from miles_core.edges.sglang.receive import Sending, receiver_of
 from miles_core.types import Layout
@@ -87,14 +88,20 @@ class Engine:
         self.groups: dict[str, list[Any]] = {}
         self.error: Exception | None = None
         self.loads, self.proved = 0, list[int]()
-        self.stays, self.rooms = False, list[int]()
+        self.stays, self.rooms, self.killed = False, list[int](), False
         self.server = ThreadPoolExecutor(1)  # does one thing after another, as it is told them
         self.sending = threading.Lock()
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         if method in ("take_turn", "end_turn"):
             return await asyncio.to_thread(getattr(self, method))
-        return await asyncio.wrap_future(self.server.submit(getattr(self, method), *args))
+        answer = asyncio.wrap_future(self.server.submit(getattr(self, method), *args))
+        try:
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError:
+            self.killed = True  # as the cluster does with one that does not answer
+            raise WorkerDied(f"{self.name} did not answer {method} within {timeout} s, and was killed") from None
 
     def take_turn(self) -> None:
         assert self.sending.acquire(timeout=20)

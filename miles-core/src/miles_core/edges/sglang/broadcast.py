@@ -34,6 +34,7 @@ LEAVE_S = 5.0  # for engines to leave a group
 LOOK_S = 0.0002  # between two looks whether a broadcast is over that is waited for
 LAST_S = 0.05  # and whether one is that nobody waits for
 TAIL_S = 60.0  # for what is left of a send to be gone, once every GPU was told of all of it
+PATIENCE = 0.8  # of the time limit: who has not answered when that is over is killed, and was perhaps not at fault
 
 Answers = list[tuple[Worker, Future[Any]]]
 
@@ -129,7 +130,7 @@ class BroadcastTransport:
         without ``connect``."""
         self._finish(LEAVE_S)
         if self._servers:  # also where the group was given up: a server may be in it yet
-            self._dismiss(self._engines)  # first: this rank's network may still have the end of a broadcast to send
+            self._dismiss(self._engines)  # first: of an update just now the network may still have the end to send
             self._leave()
         self._servers, self._notes = [], None
         if self._loop is not None:
@@ -196,6 +197,8 @@ class BroadcastTransport:
             try:
                 if group is not None and hasattr(group, "abort"):
                     group.abort()
+            except RuntimeError as error:
+                print(f"{self._name} is given up, but was not ended: {error}", flush=True)
             finally:
                 self._last = None
         if notes and (last := self._sending):  # whichever of these is waited for
@@ -267,7 +270,7 @@ class BroadcastTransport:
         """Have what comes next wait until a bucket was sent: the GPU, not this thread, but where there is none."""
         if sent.on_gpu:
             with self._sent(sent.places):
-                sent.work.synchronize()
+                sent.work.block_current_stream()
         else:
             self._arrive(sent)
         sent.tensor = None
@@ -286,7 +289,7 @@ class BroadcastTransport:
             asyncio.run_coroutine_threadsafe(self._watch(self._last), self._loop)
 
     def _finish(self, patience_s: float = math.inf) -> None:
-        """Wait until the last update was sent, or ``_watch`` gave it up; mostly that is a step ago."""
+        """Wait until the last update was sent or given up; mostly that is a step ago."""
         deadline = time.monotonic() + patience_s
         while (last := self._last) and not last.work.is_completed():
             if time.monotonic() > deadline:
@@ -297,7 +300,7 @@ class BroadcastTransport:
 
     async def _watch(self, last: Sent) -> None:
         """Give the group up where an engine that had said so is gone: this rank's GPU would wait for it for ever."""
-        limit = min(time.monotonic() + TAIL_S, last.posted + self._timeout)
+        limit = min(time.monotonic() + TAIL_S, self._limit(last.posted))
         while self._last is last and not last.work.is_completed():
             if time.monotonic() > limit:
                 return self._conclude(last, "hangs")
@@ -330,9 +333,12 @@ class BroadcastTransport:
         never be over without one that is gone."""
         while not over():
             self._check(places)
-            if time.monotonic() > began + self._timeout:
+            if time.monotonic() > self._limit(began):
                 raise TransportError(f"{names_of(places)}: their broadcast hangs, and no engine says why")
             time.sleep(LOOK_S)
+
+    def _limit(self, began: float) -> float:
+        return began + PATIENCE * self._timeout
 
     @contextmanager
     def _sent(self, places: list[Place]) -> Iterator[None]:
@@ -381,6 +387,6 @@ def _unwatched() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[UNWATCHED]
+        os.environ.pop(UNWATCHED, None)
         if before is not None:
             os.environ[UNWATCHED] = before
