@@ -26,6 +26,15 @@ from transport_cases import LAYOUT, Engine, Late, assert_arrived, enter_group, s
 __all__ = ["sglang"]  # a fixture
 
 
+def met(timeout_s: float) -> tuple[Engine, BroadcastTransport, str]:
+    """An engine, a rank that has sent to it once, and the name of the group in which they met for that."""
+    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, timeout_s)
+    transport.connect([engine], LAYOUT)
+    transport.send(iter(tensors().items()), False, [""])
+    [group] = engine.groups
+    return engine, transport, group
+
+
 def test_a_broadcast_reaches_every_rank_of_every_engine(sglang: None) -> None:
     engines = [Engine("engine-0", 2), Engine("engine-1", 2)]
     transport = BroadcastTransport(2, 120, 20)
@@ -84,10 +93,7 @@ def settle(transport: BroadcastTransport, takes_s: float, error: Exception | Non
 def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_hangs(
     arrives: bool, sglang: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 5.0)
-    transport.connect([engine], LAYOUT)
-    transport.send(iter(tensors().items()), False, [""])
-    [first] = engine.groups
+    engine, transport, first = met(5.0)
     began, work, last = settle(transport, 0.5 if arrives else math.inf)
     assert time.monotonic() - began < 0.3 and work.waited and last.tensor is None
     transport.send(iter(tensors(seed=1).items()), False, [""])
@@ -103,10 +109,7 @@ def test_a_broadcast_that_nobody_waits_for_is_given_up_once_it_failed(
     sends: bool, sglang: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where there is a network in between, NCCL knows that the other end is gone."""
-    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 60)
-    transport.connect([engine], LAYOUT)
-    transport.send(iter(tensors().items()), False, [""])
-    [first] = engine.groups
+    engine, transport, first = met(60)
     began, _, _ = settle(transport, 0.2, RuntimeError("remote process exited"))
     if not sends:
         until(lambda: transport._group is None, 1, "the group is given up")
@@ -125,10 +128,7 @@ def test_what_hangs_behind_a_send_is_given_up_long_before_a_load_would_be(
     """By then every engine has answered, and one is gone if it hangs. Who closes does not wait even so long, and has
     those that are left leave."""
     monkeypatch.setattr(broadcast, "LEAVE_S" if closes else "TAIL_S", 0.3)
-    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 600)
-    transport.connect([engine], LAYOUT)
-    transport.send(iter(tensors().items()), False, [""])
-    [first] = engine.groups
+    engine, transport, first = met(600)
     began, _, _ = settle(transport, math.inf)
     if not closes:
         transport.send(iter(tensors(seed=1).items()), False, [""])
@@ -140,9 +140,7 @@ def test_what_hangs_behind_a_send_is_given_up_long_before_a_load_would_be(
 
 def test_who_closes_has_engines_leave_first(sglang: None) -> None:
     """A network may still have the end of the last update to send."""
-    engine, transport, left = Engine("engine-0"), BroadcastTransport(1, 120, 20), list[bool]()
-    transport.connect([engine], LAYOUT)
-    transport.send(iter(tensors().items()), False, [""])
+    (engine, transport, _), left = met(20), list[bool]()
     transport._group = SimpleNamespace(abort=lambda: left.append(not engine.groups))
     transport.close()
     assert left == [True]
@@ -212,9 +210,7 @@ def test_groups_have_no_watchdog(before: str | None, sglang: None, monkeypatch: 
         return enter_group(*args, **kwargs)
 
     monkeypatch.setattr(sys.modules["sglang.srt.utils"], "init_custom_process_group", enter)
-    engine, transport = Engine("engine-0"), BroadcastTransport(1, 120, 20)
-    transport.connect([engine], LAYOUT)
-    transport.send(iter(tensors().items()), False, [""])
+    _, transport, _ = met(20)
     assert seen == ["1"] and os.environ.get(UNWATCHED) == before
     transport.close()
 

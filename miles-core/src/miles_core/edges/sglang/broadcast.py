@@ -80,7 +80,7 @@ class BroadcastTransport:
         self._servers: list[str] = []  # of these, that were told to enter the group
         self._loads: Answers = []  # of the update under way
         self._last: Sent | None = None  # of the update before: nobody waited until it was sent
-        self._leaving = threading.RLock()
+        self._leaving = threading.RLock()  # of whoever looks how that one ended, or gives the group up
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def connect(self, engines: list[Worker], layout: Layout) -> None:
